@@ -1,4 +1,4 @@
-"""Remove the journals of interrupted jobs, and cached logits: python -m jobs.clean."""
+"""List the journals of interrupted jobs, and cached logits, and delete them if told to: python -m jobs.clean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Location, Spec
+from jobs.spec.base import Columns, Format, Location, Spec
 from jobs.spec.store import StoreSpec
 from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
@@ -28,9 +28,10 @@ class CleanSpec(Spec):
     """The settings of `clean`."""
 
     output: CleanedFolder
-    dry_run: bool = Field(description="only list")
+    delete: bool = Field(description="delete what is listed, as far as no job is at work on it")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
     @property
     def store_settings(self) -> StoreSettings:
@@ -38,33 +39,35 @@ class CleanSpec(Spec):
 
 
 def act(spec: CleanSpec) -> Said:
-    """Find the journals that no process holds, and remove them."""
+    """Find what jobs left behind, and with `delete` remove what no process holds."""
     from jobs.output.leftovers import find_leftovers, leftover_document, remove
     from jobs.report.leftovers import leftovers_text
 
     only = None if spec.output.path is None else Address.of(spec.output.path)
     place = only.parent if only is not None else Address.of(spec.output.root)
     found = find_leftovers(place, None if only is None else only.name)
-    rows = [leftover_document(leftover, will_remove=not spec.dry_run) for leftover in found]
-    if only is None and place.is_local:
-        # These are of no folder: who wants them gone says so, by the output or its owner.
-        rows += [leftover_document(leftover, will_remove=False) for leftover in find_leftovers(ON_THE_HUB)]
-    if not spec.dry_run:
+    rows = [leftover_document(leftover, will_remove=spec.delete) for leftover in found]
+    # These are of no folder: who wants them gone says so, by the output or its owner.
+    apart = find_leftovers(ON_THE_HUB) if only is None and place.is_local else ()
+    rows += [leftover_document(leftover, will_remove=False) for leftover in apart]
+    left = 0 if spec.delete else sum(leftover.size for leftover in found if not leftover.is_held)
+    if spec.delete:
         remove(found)
-    return Said({"status": "done", "dry_run": spec.dry_run, "found": rows}, leftovers_text(rows, place))
+    text = leftovers_text(rows, place, deletable=left, of_the_hub=len(apart))
+    return Said({"status": "done", "delete": spec.delete, "found": rows}, text)
 
 
 VERB = Verb(
     name="clean",
     is_said=False,
-    summary="List what interrupted jobs left beside their outputs, and remove it; they can then no longer be resumed."
-    " The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
+    summary="List what interrupted jobs left beside their outputs; delete=true deletes it, and they can then no longer"
+    " be resumed. The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
     spec=CleanSpec,
     act=act,
     examples=(
-        ("", "in output.root"),
-        ("dry_run=true", "only list"),
-        ("OUT", "what was left of one output; the same as output.path=OUT"),
+        ("", "list what is in output.root"),
+        ("delete=true", "and delete it"),
+        ("OUT delete=true", "what was left of one output; the same as output.path=OUT"),
         ("output.root=hf://OWNER", "of outputs on the Hub, whose journals are in your cache, or in output.journal"),
     ),
     positional=("output.path",),

@@ -7,7 +7,7 @@ import sys
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, LocalPath, Spec
+from jobs.spec.base import Columns, Format, LocalPath, Spec
 from jobs.spec.store import StoreSpec
 from jobs.spec.tracking import TrackingSpec
 
@@ -30,6 +30,7 @@ class CompareSpec(Spec):
     output: ComparePlace
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: CompareSpec) -> Said:

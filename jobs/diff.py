@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Source, Spec
+from jobs.spec.base import Columns, Format, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.tracking.sources import located
 
@@ -21,6 +21,7 @@ class DiffSpec(Spec):
     tensors: Literal["different", "all"] = Field(description="which tensors to list")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: DiffSpec) -> Said:
@@ -32,7 +33,8 @@ def act(spec: DiffSpec) -> Said:
 
 VERB = Verb(
     name="diff",
-    summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded.",
+    summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded. Exit status"
+    " 1 if they differ.",
     spec=DiffSpec,
     act=act,
     located=located,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Columns, Format, Spec
 from jobs.spec.job import ModelSpec, SourceSpec
 from jobs.spec.store import StoreSpec
 from jobs.tracking.sources import located
@@ -22,6 +22,7 @@ class InspectSpec(Spec):
     tensors: Literal["summary", "all"] = Field(description="all lists each one")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: InspectSpec) -> Said:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
-from jobs.spec.base import Format, LocalPath, Spec
+from jobs.spec.base import Columns, Format, LocalPath, Spec
 from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 from jobs.spec.store import StoreSpec
 from jobs.tracking.sources import located
@@ -46,6 +46,7 @@ class RecommendSpec(Spec):
     )
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: RecommendSpec) -> Said:
@@ -67,13 +68,15 @@ def act(spec: RecommendSpec) -> Said:
     found = get_recommended_loader_config(
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens
     )
-    numbers = ("weights", "bits a weight", "fits")
-    fitting = table("quant", *numbers, "", right=numbers)
+    numbers = ("weights", "bits per weight", "fits")
+    fitting, refused = table("quant", *numbers, right=numbers), dict[str, list[str]]()
     for each in found.candidates:
-        weights = "-" if each.weight_bytes is None else size(each.weight_bytes)
-        bits = "-" if each.bits_per_weight is None else f"{each.bits_per_weight:.2f}"
+        if each.weight_bytes is None or each.bits_per_weight is None:
+            refused.setdefault(each.why, []).append(each.preset)
+            continue
         verdict = "taken" if each.preset == found.scheme else "yes" if each.fits else "no"
-        fitting.add_row(each.preset, weights, bits, verdict, each.why if each.weight_bytes is None else "")
+        fitting.add_row(each.preset, size(each.weight_bytes), f"{each.bits_per_weight:.2f}", verdict)
+    others = [f"{', '.join(presets)}: not possible: {why}" for why, presets in refused.items()]
     steps = [line for line in found.arithmetic if not line.startswith("  ")]
     take = [] if found.scheme is None else ["", f"quant={found.scheme} strategy={found.strategy}"]
     measured, shown = by_measured_errors(spec, found)
@@ -84,7 +87,9 @@ def act(spec: RecommendSpec) -> Said:
         "measured": measured,
     }
     take += shown
-    return Said(document, Group(*steps[:-1], "", fitting, "", steps[-1], *take), FAILED if found.scheme is None else 0)
+    return Said(
+        document, Group(*steps[:-1], "", fitting, *others, "", steps[-1], *take), FAILED if found.scheme is None else 0
+    )
 
 
 def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list[dict[str, Any]] | None, list[Any]]:

@@ -42,6 +42,11 @@ class DType:
         """Bytes of one storage item: of a number, or 1 where a number has no bytes of its own."""
         return max(1, self.bits // 8) if self.block == 1 else 1
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether it counts or marks things, so that a tensor of it holds no parameters of a model."""
+        return self.torch.startswith(("int", "uint", "bool"))
+
     def size(self, shape: Shape) -> int:
         """Bytes of a tensor of this dtype.
 

@@ -236,8 +236,8 @@ class CompressionStats:
         )
         return (
             f"CompressionStats({self.tensors} tensors, {self.parameters:,} parameters: {self.original_size_mb:.2f} MB"
-            f" -> {self.quantized_size_mb:.2f} MB, {self.ratio:.2f}x smaller, {self.bits_per_weight:.2f} bits a weight,"
-            f" error {self.total_error:.4g}{layers})"
+            f" -> {self.quantized_size_mb:.2f} MB, {self.ratio:.2f}x smaller,"
+            f" {self.bits_per_weight:.2f} bits per weight, error {self.total_error:.4g}{layers})"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def weightmill(
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline, which pytest imports, sets it
 
     def run(verb: str, *arguments: Any) -> Ran:
         from jobs.cli.main import main

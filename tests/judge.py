@@ -146,8 +146,8 @@ def reason(text: str, folder: Path) -> str:
     # What is quoted is a model's own; an apostrophe within a word quotes nothing.
     first = re.sub(r"(?<!\w)'[^']*'(?!\w)", "…", text).split(";")[0]
     first = re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.\d+\.[\w.]+", "a weight", first)
-    first = re.sub(r"(?:its|their) \d+ columns", "the columns", first)
-    first = re.sub(r"\d+ tensors, a weight.* first:", "some tensors:", first)
+    first = re.sub(r"(?:its|their) \d+(?: and \d+)* columns", "the columns", first)
+    first = re.sub(r"\d+ tensors \(.* first\):", "some tensors:", first)
     first = first if len(first) <= LONGEST else first[:LONGEST].rpartition(" ")[0] + " …"
     return re.sub(r"^(?:quant|model\.path|output\.layout): ", "", first)
 

@@ -109,7 +109,7 @@ def test_a_layout_is_named_where_others_of_its_type_are_not_as_it_is() -> None:
 
 @pytest.mark.quick
 def test_a_reason_is_whole_and_the_same_for_other_models() -> None:
-    text = "quant: cannot quantize 3 tensors, model.layers.0.fc2.weight, b first: their 448 columns are odd; keep them"
+    text = "quant: cannot quantize 3 tensors (model.layers.0.fc2.weight first): their 4 and 64 columns are odd; keep"
     assert reason(text, Path("/x")) == "cannot quantize some tensors: the columns are odd"
     text = "model.path: this is mlx-lm's checkpoint of model_type 'abc', and how it renames that model's tensors is odd"
     said = "this is mlx-lm's checkpoint of model_type …, and how it renames that model's tensors is odd"

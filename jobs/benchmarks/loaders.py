@@ -44,11 +44,8 @@ def time_loaders(
 def timings_text(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
     """Render a table of median and best GB/s and of ratios, and the fastest strategies as YAML."""
     titles = (*COLUMNS, "peak MB", "of the yardstick")
-    shown = table("GB/s:", *titles, "", right=titles)
-    for row in document["rows"]:
-        if row["missing"]:
-            shown.add_row(row["case"], *[""] * (len(COLUMNS) + 2), row["missing"])
-            continue
+    shown = table("GB/s:", *titles, "", right=titles, prose=("",))
+    for row in (row for row in document["rows"] if not row["missing"]):
         numbers = [f"{row[key]:.2f}" if row[key] is not None else "" for key in COLUMNS.values()]
         ratios = [_ratio(document, kind, row["case"]) for kind in document["ratios"]]
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["is_strategy"] else ""
@@ -57,6 +54,7 @@ def timings_text(document: Mapping[str, Any], plot: Path | None) -> RenderableTy
         f"{document['path']}: {document['bytes'] / 1e9:.2f} GB of {document['container']} on {document['filesystem']},"
         f" {document['threads']} threads, {document['repeats']} laps",
         shown,
+        *(f"{row['case']}: {row['missing']}" for row in document["rows"] if row["missing"]),
         "yardsticks: warm, summing the mapped files in place; cold, the best plain read. Every byte is summed."
         " Ratios are of medians, in brackets of single laps.",
     ]

@@ -236,7 +236,7 @@ def _json(ratio: Ratio | None) -> list[float] | None:
 def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path) -> Said:
     found = rows(cases)
     numbers = (
-        "bits a weight",
+        "bits per weight",
         "KL, nats a token",
         "perplexity over the original's",
         "KL to uniform's",
@@ -299,8 +299,8 @@ def plot(cases: Sequence[JudgedOutput], title: str, path: Path) -> None:
             value, low, high = (np.array([getattr(case.quality, part) - shift for case in mine]) for part in parts)
             spread = np.clip(np.stack([value - low, high - value]), 0, None)
             axes.errorbar(bits, value, yerr=spread, label=kind, capsize=2, linewidth=1, **look)
-    left.set(xlabel="bits a weight", ylabel="KL of the logits, nats a token", yscale="log", title=title)
-    right.set(xlabel="bits a weight", ylabel="perplexity over the original's, less 1", title="bars: 95 % intervals")
+    left.set(xlabel="bits per weight", ylabel="KL of the logits, nats a token", yscale="log", title=title)
+    right.set(xlabel="bits per weight", ylabel="perplexity over the original's, less 1", title="bars: 95 % intervals")
     right.set_yscale("symlog", linthresh=1e-3)
     left.legend()
     figure.savefig(path, dpi=120)

@@ -22,22 +22,20 @@ def cases_said(cases: Sequence[Case], size: int, busy: Busy, about: Mapping[str,
     """Return the table and document of timed cases, each of which took `size` bytes of input."""
     taken = busy.document()
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
-    numbers = ("laps", "best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
+    numbers = ("median s", "GB/s median", "ours is faster", "measured", "best s", "GB/s best", "laps", "peak RSS MB")
     shown = table("case", *numbers, right=numbers)
-    for row in rows:
-        if row["missing"]:
-            shown.add_row(row["case"], row["missing"])
-            continue
+    for row in (row for row in rows if not row["missing"]):
         faster = f"{row['times_faster']:.1f} x" if row["times_faster"] else ""
         measured = f"{row['times_encoding']:.2f}" if row["times_encoding"] else ""
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else ""
         shown.add_row(
-            row["case"], str(row["laps"]), f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
-            f"{row['gbps_median']:.3g}", faster, measured, peak,
+            row["case"], f"{row['median_s']:.4g}", f"{row['gbps_median']:.3g}", faster, measured,
+            f"{row['best_s']:.4g}", f"{row['gbps_best']:.3g}", str(row["laps"]), peak,
         )  # fmt: skip
+    missing = [f"{row['case']}: {row['missing']}" for row in rows if row["missing"]]
     here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = Group(f"{here}; {lines}", shown, SAID, *([] if said is None else [Text(said, style="yellow")]))
+    text = Group(f"{here}; {lines}", shown, *missing, SAID, *([] if said is None else [Text(said, style="yellow")]))
     return Said({"status": "done", "machine": here, "busy": taken, **about, "rows": rows}, text)
 
 

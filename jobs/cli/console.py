@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loaders.words import shown
@@ -18,22 +19,30 @@ from loaders.words import shown
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-NO_TERMINAL = 240  # columns, at which no table is folded
+NO_TERMINAL = 240  # columns, at which hardly a table has to leave some out
+# Whether tables show all columns, in parts below each other; None where that cannot be asked for.
+ALL_COLUMNS: ContextVar[bool | None] = ContextVar("ALL_COLUMNS", default=None)
 
 
 def console(stream: TextIO) -> Console:
-    """Return a console on a stream, which shows all that it is given as text."""
+    """Return a console on a stream, which shows all that it is given as text.
+
+    It is as wide as the terminal, or as COLUMNS says.
+    """
     from rich.console import Console  # slow to import, for a program that asks for JSON, or a user for help
     from rich.segment import Segment
 
     class PlainConsole(Console):
+        all_columns = ALL_COLUMNS.get()  # as tables ask
+
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
                 is_text = segment.control is None
                 yield Segment(shown(segment.text), segment.style) if is_text else segment
 
-    # Of a terminal its own width counts.
-    width = None if stream.isatty() else NO_TERMINAL
+    given = os.environ.get("COLUMNS", "")
+    # Of a terminal its own width counts; rich reads COLUMNS itself.
+    width = None if stream.isatty() else int(given) if given.isdecimal() and int(given) else NO_TERMINAL
     return PlainConsole(file=stream, markup=False, emoji=False, highlight=False, width=width)
 
 

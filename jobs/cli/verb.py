@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from jobs.cli.arguments import bare_value
 from jobs.cli.compose import Request, compose, take_apart
-from jobs.cli.console import console, patient_streams
+from jobs.cli.console import ALL_COLUMNS, console, patient_streams
 from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
 from jobs.cli.literals import literal, verbatim
@@ -76,9 +76,16 @@ class Verb(Generic[S]):
     def can_sweep(self) -> bool:
         return self.sweep is not None
 
+    @property
+    def _has_columns(self) -> bool:
+        """Whether it has the setting `columns` of tables; to bench the word means those of a matrix."""
+        field = self.spec.model_fields.get("columns")
+        return field is not None and field.default == "fit"
+
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
+        ALL_COLUMNS.set("columns=all" in given if self._has_columns else None)
         with patient_streams() as lost:
             status = self._checked(given, as_json="format=json" in given)
             # Jobs, and whatever else leaves something behind, have done their work.

@@ -279,7 +279,7 @@ def _too_little(choices: Choices, items: Sequence[Item]) -> str:
         )
     sizes = ", ".join(f"{name} {size * 8 / parameters:.3f}" for name, size in uniform.items())
     return (
-        f"quant.target_bits: {quant.target_bits:g} bits a weight cannot be met: the least possible is"
+        f"quant.target_bits: {quant.target_bits:g} bits per weight cannot be met: the least possible is"
         f" {least * 8 / parameters:.3f}; all of one kind: {sizes}"
     )
 

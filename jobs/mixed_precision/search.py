@@ -261,7 +261,7 @@ def text_of(choices: Choices, found: Mixed) -> RenderableType:
     quant = found.spec.quant
     assert isinstance(quant, AutoQuant)
     numbers = ("tensors", "weights", "bytes", "bits", "of the error")
-    shown = tables.table("stored as", "role", *numbers, right=numbers)
+    shown = tables.table("stored as", "role", *numbers, keys=2, right=numbers)
     for row in rows_of(choices, found):
         shown.add_row(
             row["candidate"], row["role"], str(row["tensors"]), f"{row['weights'] / 1e6:.2f} M",
@@ -269,12 +269,12 @@ def text_of(choices: Choices, found: Mixed) -> RenderableType:
         )  # fmt: skip
     target, choice = found.target, found.choice
     unit = "" if quant.calibration is None else " nats a token expected"
-    budget = f"{quant.target_bits:g} bits a weight" if quant.target_bits else f"{quant.target_gb:g} GB"
+    budget = f"{quant.target_bits:g} bits per weight" if quant.target_bits else f"{quant.target_gb:g} GB"
     quality = "no mix loses less" if not choice.gap else f"at most {choice.gap:.2%} more than the least possible"
     bits = target.tensor_bytes * 8 / max(1, target.parameters)
     return Group(
         shown,
-        f"{bits:.4f} bits a weight, {tables.size(target.weight_bytes)} of files, for a budget of {budget}",
+        f"{bits:.4f} bits per weight, {tables.size(target.weight_bytes)} of files, for a budget of {budget}",
         f"weighted error {choice.error:.4g}{unit}, by {quant.chosen.weighting if quant.chosen else ''}; {quality}",
     )
 

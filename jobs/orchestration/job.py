@@ -50,6 +50,7 @@ class Pass:
     started: float
     wall_s: float
     peak_bytes: int
+    peak_working_set_bytes: int | None
     cluster: str
     strategy: str
     jobs: int
@@ -239,6 +240,7 @@ class Job:
             "files": len(self.planned.plan.checkpoint.files),
             "tensors": load.tensors,
             "peak_anonymous_bytes": max(whole.peak_bytes, load.peak_anonymous_bytes),
+            "peak_working_set_bytes": whole.peak_working_set_bytes,
             "units": len(self.planned.plan.units),
             "units_resumed": len(self.resumed),
             "retries": self.retries,
@@ -296,7 +298,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} forgets them"
+            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
         )
 
 

@@ -35,9 +35,8 @@ def notes_of(planned: Planned) -> list[str]:
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
-    disk = (
-        _of_disk("disk", planned.target.weight_bytes + planned.doubled_bytes, output.parent) if output.is_local else ""
-    )
+    need = planned.target.weight_bytes + planned.doubled_bytes
+    disk = [_of_disk("disk", need, output.parent)] if output.is_local else []
     scratch = scratch_bytes([planned])
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
@@ -46,8 +45,9 @@ def notes_of(planned: Planned) -> list[str]:
         *_joining(planned),
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
-        f"memory: up to {size(memory)} with {counted(cluster.threads, 'thread')}{disk}"
-        + (_of_disk("scratch", scratch, Address.of(scratch_folder(planned.spec))) if scratch else ""),
+        f"memory: up to {size(memory)} with {counted(cluster.threads, 'thread')}",
+        *disk,
+        *([_of_disk("scratch", scratch, Address.of(scratch_folder(planned.spec)))] if scratch else []),
     ]
 
 
@@ -68,7 +68,7 @@ def _joining(planned: Planned) -> list[str]:
 def _of_disk(what: str, need: int, where: Address) -> str:
     free = free_bytes(where.path)
     at = f" in {where}" if what == "scratch" else ""
-    return f"; {what}: needs {size(need)}{at}, {size(free)} free{', too little' if need > free else ''}"
+    return f"{what}: needs {size(need)}{at}, {size(free)} free{', too little' if need > free else ''}"
 
 
 def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:

@@ -187,6 +187,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             started=started,
             wall_s=time.perf_counter() - began,
             peak_bytes=memory.peak_bytes,
+            peak_working_set_bytes=memory.peak_working_set_bytes,
             cluster=description,
             strategy=strategy.name,
             jobs=len(jobs),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
+from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.limits import JSON_REPORT, shown
 from loaders.stats import CompressionStats, ErrorSums, finite
@@ -187,8 +188,9 @@ class RunReport(Part):
     """The time, place and speed of a job's run.
 
     Seconds by phase are the job's own, summed over threads. `wall_s`, `throughput_gbps` and `peak_anonymous_bytes` are
-    those of the pass, which `jobs_in_pass` jobs shared. `bound_by` is what took longest of a job with a source or an
-    output that is not local: "fetch", "encode" or "upload".
+    those of the pass, which `jobs_in_pass` jobs shared. So is `peak_working_set_bytes`, the memory that Kubernetes
+    counts, of all in the container, with the cached files in use; None where no container counts it. `bound_by` is what
+    took longest of a job with a source or an output that is not local: "fetch", "encode" or "upload".
     """
 
     key: str
@@ -206,6 +208,7 @@ class RunReport(Part):
     files: int
     tensors: int
     peak_anonymous_bytes: int
+    peak_working_set_bytes: int | None = None
     units: int
     units_resumed: int
     retries: int
@@ -392,7 +395,7 @@ def stats_of(tensors: Sequence[ReportedTensor]) -> CompressionStats:
     error = ErrorSums.total(tensor.sums for tensor in tensors)
     return CompressionStats(
         tensors=len(tensors),
-        parameters=error.numel,
+        parameters=sum(t.sums.numel for t in tensors if not dtype_named(t.dtype).is_integer),
         source_bytes=sum(tensor.source_bytes for tensor in tensors),
         output_bytes=sum(tensor.output_bytes for tensor in tensors),
         error=error,

@@ -200,5 +200,4 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        """The number of weights in all float tensors."""
-        return sum(math.prod(r.shape) for r in self.sources.tensors if r.dtype.is_float)
+        return self.sources.parameters

@@ -126,7 +126,7 @@ def _cost(report: Report) -> Iterator[str]:
     yield from ("", "## What it cost", "")
     cells = [
         ("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio)),
-        ("bits a weight", f"{before:.3f}", f"{total.bits_per_weight:.3f}", f"{total.parameters:,} parameters"),
+        ("bits per weight", f"{before:.3f}", f"{total.bits_per_weight:.3f}", f"{total.parameters:,} parameters"),
     ]
     yield from table(("", "-before", "-after", ""), cells)
     if damage is not None:
@@ -146,7 +146,7 @@ def _damage(damage: Damage) -> Iterator[str]:
              number(each.sqnr_db, 2), number(each.worst.relative_error if each.worst else 0.0))
             for role, each in damage.roles.items()
         ]  # fmt: skip
-        named = ("changed tensors", "-number", "-bits a weight", "-relative error", "-SQNR dB", "-the worst's error")
+        named = ("changed tensors", "-number", "-bits per weight", "-relative error", "-SQNR dB", "-the worst's error")
         yield from table(named, cells)
     if damage.worst:
         yield ""

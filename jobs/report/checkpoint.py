@@ -27,7 +27,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
         "class": class_of(checkpoint.config),
         "components": {part: _component(each) for part, each in checkpoint.components.items()},
         "quantization": checkpoint.quantized_by if contradiction is None else None,
-        "parameters": sum(r.spec.numel for r in sources.tensors if r.dtype.is_float),
+        "parameters": sources.parameters,
         "bytes": checkpoint.size,
         "fingerprint": checkpoint.fingerprint,
         "files": [{"name": tag.name, "bytes": tag.size} for tag in checkpoint.files],
@@ -40,7 +40,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
                 "role": r.role,
                 "dtype": r.dtype.name,
                 "shape": list(r.shape),
-                "stored_as": r.decode.kind if r.decode else r.dtype.name,
+                "stored_as": r.stored_as,
                 "parameters": r.spec.numel,
                 "bytes": r.source_bytes,
                 "file": r.stored[0][1].file,
@@ -80,18 +80,19 @@ def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> Render
 
 
 def _by_component(document: Mapping[str, Any]) -> RenderableType:
-    shown = table("component", "class", "quantized by", "stored tensors", "bytes", right=("stored tensors", "bytes"))
+    shown = table("component", "bytes", "stored tensors", "quantized by", "class", right=("stored tensors", "bytes"))
     for part, each in document["components"].items():
-        row = (each["class"] or "", each["quantization"] or "", str(each["tensors"]), size(each["bytes"]))
+        row = (size(each["bytes"]), str(each["tensors"]), each["quantization"] or "", each["class"] or "")
         shown.add_row(part, *row)
     return shown
 
 
 def _every_tensor(document: Mapping[str, Any]) -> RenderableType:
-    shown = table("tensor", "role", "stored as", "dtype", "shape", "bytes", "file", right=("bytes",))
+    right, names = ("bytes",), ("tensor", "file")
+    shown = table("tensor", "stored as", "shape", "bytes", "role", "dtype", "file", right=right, names=names, once=True)
     for row in document["tensors"]:
         shape = "x".join(map(str, row["shape"]))
-        shown.add_row(row["name"], row["role"], row["stored_as"], row["dtype"], shape, f"{row['bytes']:,}", row["file"])
+        shown.add_row(row["name"], row["stored_as"], shape, f"{row['bytes']:,}", row["role"], row["dtype"], row["file"])
     return shown
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jobs.output.report import Report
@@ -53,7 +53,7 @@ class Column:
 
 # "pass" marks what the jobs of one pass took together; encoding is a job's own, summed over threads.
 COLUMNS = (
-    Column("bits a weight", BITS, "{:.3f}"),
+    Column("bits per weight", BITS, "{:.3f}"),
     Column("times smaller", "size/ratio", "{:.2f}"),
     Column("MB", "size/output_bytes", "{:,.2f}", 1e-6),
     Column("relative error", ERROR, "{:.5f}"),
@@ -68,6 +68,7 @@ COLUMNS = (
     Column("encoding s", "time/encode_s", "{:.2f}"),
     Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
     Column("pass peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
+    Column("kubectl top's MB", "load/peak_working_set_bytes", "{:,.0f}", 1e-6),
     Column("cost", "cost/estimate", "{:.4g}"),
 )
 
@@ -123,7 +124,9 @@ class Comparison:
         self.error = error
         self.front = pareto(jobs, error)
         self.differing = differing(jobs)
-        self._columns = [column for column in COLUMNS if any(column.metric in job.metrics for job in jobs)]
+        known = [column for column in COLUMNS if any(column.metric in job.metrics for job in jobs)]
+        # What the jobs are compared by comes first, since the last columns are left out where a terminal is narrow.
+        self._columns = sorted(known, key=lambda column: (column.metric != BITS, column.metric != error))
 
     def lines(self) -> list[RenderableType]:
         """Return the table, the Pareto front, and the tensors that differ most, for a terminal."""
@@ -144,22 +147,26 @@ class Comparison:
         ]
 
     def _table(self) -> RenderableType:
-        """Return a table with one row per job; a star marks the Pareto front."""
+        """Return a table with one row per job; a star marks the Pareto front. Why jobs failed stands below it."""
         titles = [column.title for column in self._columns]
-        shown = table("", "job", "status", *titles, right=titles)
+        shown = table("", "job", *titles, "status", keys=2, right=titles, names=("job",), once=True)
         for job in self.jobs:
             style = "" if job.status == "done" else "yellow" if job.status == "running" else "red"
             star = "*" if job.name in self.front else ""
-            shown.add_row(star, job.name, Text(job.status_text, style=style), *self._cells(job))
-        return shown
+            shown.add_row(star, job.name, *self._cells(job), Text(job.status, style=style))
+        whys = [Text(f"{job.name} {job.status_text}", style="red") for job in self.jobs if job.why]
+        return Group(shown, *whys)
 
     def _front_text(self) -> str:
         by_name = {job.name: job.metrics for job in self.jobs if job.is_comparable}
         rows = [f"  {by_name[n][BITS]:7.3f} bits  {self.error} {by_name[n][self.error]:.5f}  {n}" for n in self.front]
-        return "\n".join([f"Pareto front (*) of bits a weight against {self.error}, smallest first:", *rows])
+        return "\n".join([f"Pareto front (*) of bits per weight against {self.error}, smallest first:", *rows])
 
     def _differing_table(self) -> RenderableType:
-        shown = table("tensors that differ most", "times", "least error", "", "most error", "", right=("times",))
+        """Return the tensors whose errors differ most, with the jobs of the least and of the largest error."""
+        tensor, numbers = "tensors that differ most", ("times", "least error", "most error")
+        columns = (tensor, "times", "least error", "job", "most error", "job")
+        shown = table(*columns, right=numbers, names=(tensor, "job"))
         for row in self.differing[:SHOWN_TENSORS]:
             errors, least, most = row["errors"], row["least"], row["most"]
             cells = (f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
@@ -175,7 +182,7 @@ class Comparison:
             star = "*" if job.name in self.front else ""
             said = [_cell(text) for text in (star, job.name, job.status_text, *self._cells(job))]
             lines.append("| " + " | ".join(said) + " |")
-        lines += ["", f"\\* on the Pareto front of bits a weight against {self.error}.", ""]
+        lines += ["", f"\\* on the Pareto front of bits per weight against {self.error}.", ""]
         if rows := self.differing[:SHOWN_TENSORS]:
             lines += ["| tensors that differ most | times | least error | most error |", "|--|--:|--|--|"]
             for row in rows:

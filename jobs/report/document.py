@@ -31,7 +31,8 @@ from loaders.storage.hashes import hash_stored
 
 VERSIONS = ("weightmill", "numpy", "numba", "xxhash")  # the packages that determine the output's bytes
 # Parts of a request that do not change the result: two jobs that differ only in these make the same output.
-NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint", "objective", "format")
+NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint", "objective", "format",
+                     "columns")  # fmt: skip
 
 
 def make_report(

@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from jobs.report.tables import size, table
 from loaders.storage.address import Address
 
 
-def leftovers_text(rows: Sequence[Mapping[str, Any]], place: Address) -> RenderableType:
-    """Return a table with one row for each leftover found at `place`."""
+def leftovers_text(
+    rows: Sequence[Mapping[str, Any]], place: Address, *, deletable: int, of_the_hub: int
+) -> RenderableType:
+    """Return a table with one row for each leftover found at `place`, and how to delete them.
+
+    `deletable` are the bytes that delete=true would delete, and `of_the_hub` the rows that it leaves.
+    """
     if not rows:
         return f"nothing abandoned in {place}"
-    shown = table("status", "units done", "size", "hours ago", "folder")
+    numbers = ("size", "hours ago", "units done")
+    shown = table("folder", "status", *numbers, right=numbers)
     for row in rows:
-        shown.add_row(
-            row["status"], str(row["units_done"]), size(row["bytes"]), f"{row['age_s'] / 3600:.1f}", row["path"]
-        )
-    return shown
+        hours, units = f"{row['age_s'] / 3600:.1f}", str(row["units_done"])
+        shown.add_row(row["path"].removeprefix(f"{place}/"), row["status"], size(row["bytes"]), hours, units)
+    more = [f"nothing was deleted; delete=true deletes {size(deletable)}"] if deletable else []
+    if of_the_hub:
+        more.append(f"{of_the_hub} of outputs on the Hub: output.root=hf://OWNER delete=true deletes them")
+    return Group(f"in {place}:", shown, *more)

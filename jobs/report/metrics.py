@@ -48,6 +48,7 @@ def metrics(report: Report) -> dict[str, float]:
         "load/files": run.files,
         "load/tensors": run.tensors,
         "load/peak_anonymous_bytes": run.peak_anonymous_bytes,
+        "load/peak_working_set_bytes": run.peak_working_set_bytes,
         "load/jobs_in_pass": run.jobs_in_pass,
         "cost/estimate": run.cost,
         "units/total": run.units,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import adapter_of, source_of
-from jobs.report.tables import size, table, times
+from jobs.report.tables import Table, size, table, times
 from jobs.spec.job import JobSpec
 from loaders.words import counted
 
@@ -24,21 +24,16 @@ def plan_text(
 ) -> RenderableType:
     """Render a plan as tables and notes."""
     checkpoint = plan.checkpoint
-    head = Table.grid(padding=(0, 2))
+    head = Grid.grid(padding=(0, 2))
     head.add_row("source", f"{checkpoint.address}")
-    head.add_row(
-        "",
-        f"{checkpoint.family.name} family, {checkpoint.container}, {counted(len(checkpoint.files), 'file')},"
-        f" {counted(len(plan.sources.tensors), 'tensor')}, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
-    )
+    files, tensors = counted(len(checkpoint.files), "file"), counted(len(plan.sources.tensors), "tensor")
+    head.add_row("", f"{checkpoint.family.name} family, {checkpoint.container}, {files}, {tensors}")
+    head.add_row("", f"{plan.parameters:,} parameters, {size(plan.source_bytes)}")
     head.add_row("output", str(spec.output_address))
-    head.add_row(
-        "",
-        f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes"
-        + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
-        + f": {times(plan.source_bytes / max(1, target.tensor_bytes))},"
-        f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
-    )
+    slack = f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else ""
+    head.add_row("", f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes{slack}")
+    bits = target.tensor_bytes * 8 / max(1, plan.parameters)
+    head.add_row("", f"{times(plan.source_bytes / max(1, target.tensor_bytes))}, {bits:.2f} bits per weight")
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
     for note in notes:
         head.add_row("", note)
@@ -56,10 +51,11 @@ def plan_text(
 
 
 def _decision_table(target: TargetPlan) -> Table:
-    shown = table("action", "tensors", "source", "output", "which", "why", right=("tensors", "source", "output"))
+    numbers, prose = ("tensors", "source", "output"), ("why", "which")
+    shown = table("action", *numbers, *prose, right=numbers, prose=prose)
     for row in decision_rows(target):
         sizes = size(row["source_bytes"]), size(row["output_bytes"])
-        shown.add_row(row["action"], str(row["tensors"]), *sizes, row["rule"], row["why"])
+        shown.add_row(row["action"], str(row["tensors"]), *sizes, row["why"], row["rule"])
     return shown
 
 
@@ -92,7 +88,8 @@ def output_sizes(target: TargetPlan) -> dict[str, int]:
 
 def _file_table(target: TargetPlan, *, all_files: bool) -> Table:
     """Return the table of files: of many, only the first and the last, so that warnings after it are seen."""
-    shown, files = table("file", "bytes", "tensors", right=("bytes", "tensors")), target.finals
+    numbers = ("bytes", "tensors")
+    shown, files = table("file", *numbers, right=numbers), target.finals
     between = () if all_files or len(files) <= MOST_FILES else files[SHOWN_FILES:-1]
     for file in files[: SHOWN_FILES if between else None]:
         shown.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
@@ -104,12 +101,13 @@ def _file_table(target: TargetPlan, *, all_files: bool) -> Table:
 
 
 def _tensor_table(target: TargetPlan) -> Table:
-    shown = table("tensor", "role", "dtype", "shape", "action", "bytes", right=("bytes",))
+    columns = ("tensor", "action", "shape", "bytes", "role", "dtype")
+    shown = table(*columns, right=("bytes",), names=("tensor",), once=True)
     sizes = output_sizes(target)
     for d in target.decisions:
         shape = "x".join(map(str, d.tensor.shape))
         shown.add_row(
-            d.tensor.name, d.tensor.role, d.tensor.dtype.torch, shape, d.action, f"{sizes.get(d.tensor.name, 0):,}"
+            d.tensor.name, d.action, shape, f"{sizes.get(d.tensor.name, 0):,}", d.tensor.role, d.tensor.dtype.torch
         )
     return shown
 

@@ -78,7 +78,7 @@ def mix_plot(report: Report, path: Path) -> bool:
     axes.set_yticks(range(len(modules)), modules)
     step = -(-len(layers) // MOST_LABELLED)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel="layer", title=f"{report.job['quant']['name']}: bits a weight")
+    axes.set(xlabel="layer", title=f"{report.job['quant']['name']}: bits per weight")
     figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=120)
     return True
@@ -128,7 +128,7 @@ def comparison_plot(candidates: Sequence[ComparedJob], front: Sequence[str], err
             right.plot(list(each.layers), list(each.layers.values()), color=color, marker=marker, markersize=3)
     best = sorted((c.metrics[BITS], c.metrics[error]) for c in drawn if c.name in front)
     left.plot([bits for bits, _ in best], [value for _, value in best], color="gray", linewidth=1)
-    left.set(xlabel="bits a weight", ylabel=error, title="the line: none is smaller and closer")
+    left.set(xlabel="bits per weight", ylabel=error, title="the line: none is smaller and closer")
     right.set(xlabel="layer", ylabel="relative error", title="error by layer")
     _whole_numbers(right)
     for axes, values in (

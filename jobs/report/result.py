@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
-from jobs.output.report import LintFinding, Report
+from jobs.output.report import LintFinding, Report, RunReport
 from jobs.report.metrics import worst_of
 from jobs.report.tables import number, size, table, times
 from loaders.lint import Finding
+from loaders.words import counted
 
 BOUND = {
     "fetch": "bound by fetching: threads waited longest for the source's bytes",
@@ -26,42 +28,25 @@ def result_text(report: Report) -> RenderableType:
     shown = table("", "before", "after", "", right=("before", "after"))
     shown.add_row("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio))
     before = total.source_bytes * 8 / max(1, total.parameters)
-    shown.add_row("bits a weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters")
+    shown.add_row(
+        "bits per weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters"
+    )
     parts: list[RenderableType] = [shown]
     if changed:
         parts.append(
             Text(
                 f"{changed.tensors} tensors changed: relative error {changed.relative_error:.5f}"
                 + (f" (SQNR {changed.sqnr_db:.2f} dB)" if changed.sqnr_db is not None else "")
-                + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied bit by bit"
+                + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied unchanged"
             )
         )
-        worst = table(
-            "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
-        )
+        numbers = ("relative error", "SQNR dB", "max error")
+        worst = table("worst tensors", *numbers, right=numbers, names=("worst tensors",))
         rows = worst_of(report.tensors)
         for row in rows:
             worst.add_row(row.name, number(row.relative_error), number(row.sqnr_db, 2), f"{row.max_error:.4g}")
         parts += [worst] if rows else []
-    speed = table(
-        "seconds",
-        "GB/s",
-        "of threads: read",
-        "encode",
-        "measure",
-        "write",
-        *(["upload"] if run.upload_s else []),
-        "peak memory, with libraries",
-        "units",
-        right=("seconds", "GB/s"),
-    )
-    speed.add_row(
-        f"{run.wall_s:.2f}", f"{run.throughput_gbps:.2f}",
-        *(f"{getattr(run, f'{phase}_s'):.2f}" for phase in ("read", "encode", "measure", "write")),
-        *([f"{run.upload_s:.2f}"] if run.upload_s else []),
-        size(run.peak_anonymous_bytes), f"{run.units} ({run.units_resumed} done before)",
-    )  # fmt: skip
-    parts.append(speed)
+    parts += [Text(line) for line in _effort(run)]
     if run.bound_by is not None:
         parts.append(Text(BOUND[run.bound_by]))
     if report.quality is not None:
@@ -69,9 +54,21 @@ def result_text(report: Report) -> RenderableType:
     return Group(*parts)
 
 
+def _effort(run: RunReport) -> Iterator[str]:
+    """Yield what a job took: time, the time of its threads, units, memory."""
+    before = f", {run.units_resumed} of them done before" if run.units_resumed else ""
+    yield f"{run.wall_s:.2f} s, {run.throughput_gbps:.3g} GB/s, {counted(run.units, 'unit')}{before}"
+    phases = ("read", "encode", "measure", "write", *(["upload"] if run.upload_s else []))
+    spent = ", ".join(f"{phase} {getattr(run, f'{phase}_s'):.2f}" for phase in phases)
+    yield f"seconds of all threads: {spent}"
+    seen = run.peak_working_set_bytes
+    beside = "" if seen is None else f"; kubectl top would show {size(seen)}, with cached files"
+    yield f"peak memory: {size(run.peak_anonymous_bytes)}{beside}"
+
+
 def quality_text(quality: Mapping[str, Any]) -> RenderableType:
     """Render the quality of an output, compared with its original."""
-    shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",))
+    shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",), prose=("",))
     spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
     shown.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
     shown.add_row(
@@ -90,13 +87,15 @@ def _interval(quality: Mapping[str, Any], name: str) -> str:
 
 
 def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Render findings as a table: what it is, what will happen in which engine, what to do."""
+    """Render findings: what it is, what will happen in which engine, what to do."""
     if not found:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")
-    shown = table("", "what", "what will happen", "what to do")
-    for finding in found:
-        style = "red" if finding.level == "fault" else "yellow"
-        shown.add_row(
-            Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
-        )
-    return shown
+    return Group(*(_finding(finding) for finding in found))
+
+
+def _finding(finding: Finding | LintFinding) -> RenderableType:
+    """Render a finding as a few lines, which fit any terminal better than columns of sentences."""
+    level, style = ("fault", "red") if finding.level == "fault" else ("warning", "yellow")
+    lines = (f"{finding.engine}: {finding.happens}", f"what to do: {finding.remedy}")
+    head = Text.assemble((f"{level}: ", style), finding.what)
+    return Group(head, *(Padding(Text(line), (0, 0, 0, 4)) for line in lines))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
+from jobs.spec.base import Columns, FloatName, Format, LocalPath, Location, Source, Spec
 from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
@@ -325,6 +325,7 @@ class JobSpec(Spec):
         description="metrics that a job returns to Hydra's sweeper, for it to search by",
     )
     format: Format = Field(description="text for people; json: one document on standard output")
+    columns: Columns = "fit"
 
     @field_validator("objective")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from rich.console import Group, RenderableType
 
 from jobs.cli.progress import Meter
-from jobs.cli.verb import Said
+from jobs.cli.verb import DONE, FAILED, Said
 from jobs.report.tables import table
+from loaders.architectures.family import natural_key
 from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import Crew, ThreadedWork
@@ -26,6 +28,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
 from loaders.tensors.uses import Uses
 from loaders.tensors.views import view_of
+from loaders.words import counted
 
 EQUAL, DIFFERENT = "equal", "different"
 
@@ -33,13 +36,15 @@ EQUAL, DIFFERENT = "equal", "different"
 def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
     """Compare the tensors of two checkpoints by name; errors are relative to `a`, and quantized tensors are decoded.
 
+    As of diff, the exit status is 1 if anything differs.
+
     Raises:
         BadSpec, BadCheckpoint: one of them cannot be opened.
     """
     one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
     ours = {r.name: r for r in tensors_of(one, decode=True, split=True).tensors}
     theirs = {r.name: r for r in tensors_of(other, decode=True, split=True).tensors}
-    common = [name for name in ours if name in theirs]
+    common = sorted((name for name in ours if name in theirs), key=natural_key)
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         specs = [[spec for name in common for _, spec in side[name].stored] for side in (ours, theirs)]
@@ -64,19 +69,36 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
 
         work.each(common, look)
     found = [rows[name] for name in common]
-    only = [sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))]
+    only = [sorted(set(one) - set(other), key=natural_key) for one, other in ((ours, theirs), (theirs, ours))]
     equal = sum(row["status"] == EQUAL for row in found)
+    differs = equal < len(found) or any(only)
     document = {
-        "status": "done",
+        "status": DIFFERENT if differs else EQUAL,
         "a": str(one.address),
         "b": str(other.address),
         "equal": equal,
         "different": len(found) - equal,
         "only_in_a": only[0],
         "only_in_b": only[1],
+        "total": _total(found),
         "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
     }
-    return Said(document, _text(document))
+    return Said(document, _text(document), FAILED if differs else DONE)
+
+
+def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the errors over all weights that were compared, as of one tensor."""
+    sums = ErrorSums.total(ErrorSums(**row["sums"]) for row in rows if "sums" in row)
+    return {"parameters": sums.numel, **_measures(sums)}
+
+
+def _measures(error: ErrorSums) -> dict[str, Any]:
+    return {
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+    }
 
 
 def _loader(checkpoint: Checkpoint) -> WeightLoader:
@@ -87,8 +109,8 @@ def _loader(checkpoint: Checkpoint) -> WeightLoader:
 def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": one.name,
-        "a": _kind(one),
-        "b": _kind(other),
+        "a": one.stored_as,
+        "b": other.stored_as,
         "status": DIFFERENT,
         "relative_error": None,
         "sqnr_db": None,
@@ -106,13 +128,10 @@ def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Threa
         return {**row, "status": EQUAL} if same else {**row, "why": "other values"}
     error = _errors(one, other, x, y, work)
     if error.max_error == 0 and not error.nonfinite and not error.nonfinite_decoded:
-        return {**row, "status": EQUAL}
+        return {**row, "status": EQUAL, "sums": asdict(error)}
     return {
         **row,
-        "relative_error": finite(error.relative_error),
-        "sqnr_db": finite(error.sqnr_db),
-        "cosine": error.cosine,
-        "max_error": error.max_error,
+        **_measures(error),
         "why": f"{error.nonfinite + error.nonfinite_decoded} not finite" if error.nonfinite else "",
         "sums": asdict(error),
     }
@@ -131,27 +150,29 @@ def _errors(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Th
     return compare.error_sums(one.spec.numel, total)
 
 
-def _kind(tensor: LogicalTensor) -> str:
-    return f"{tensor.decode.kind} of {tensor.dtype}" if tensor.decode else tensor.dtype.name
-
-
 def _text(document: dict[str, Any]) -> RenderableType:
     shown = document["tensors"]
-    numbers = ("relative error", "SQNR dB", "cosine", "max error")
-    compared = table("tensor", "a", "b", "", *numbers, right=numbers)
+    numbers = ("relative error", "SQNR dB", "max error", "cosine")
+    compared = table("tensor", *numbers, "", "a", "b", right=numbers, names=("tensor",), once=True)
     for row in shown:
-        cells = [
-            "" if row[key] is None else format(row[key], spec)
-            for key, spec in (("relative_error", ".5g"), ("sqnr_db", ".2f"), ("cosine", ".6f"), ("max_error", ".4g"))
-        ]
-        compared.add_row(
-            row["name"], row["a"], row["b"], row["status"] + (f": {row['why']}" if row["why"] else ""), *cells
-        )
+        said = f"{row['status']}: {row['why']}" if row["why"] else row["status"]
+        compared.add_row(row["name"], *_cells(row), said, row["a"], row["b"])
+    total, count = document["total"], document["equal"] + document["different"]
     lines: list[RenderableType] = [compared] if shown else []
-    lines.append(f"{document['equal']} tensors equal, {document['different']} different")
+    lines.append(f"{counted(count, 'tensor')}: {document['equal']} equal, {document['different']} different")
+    if total["parameters"] and total["relative_error"] != 0:
+        said = zip(("relative error", "SQNR dB", "max error", "cosine"), _cells(total), strict=True)
+        lines.append(
+            f"over all {total['parameters']:,} weights: {', '.join(f'{what} {value}' for what, value in said)}"
+        )
     for side in ("a", "b"):
         names = document[f"only_in_{side}"]
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
             lines.append(f"only in {document[side]}: {', '.join(names[:8])}{more}")
     return Group(*lines)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    formats = (("relative_error", ".5f"), ("sqnr_db", ".2f"), ("max_error", ".4g"), ("cosine", ".6f"))
+    return ["" if row[key] is None else format(row[key], spec) for key, spec in formats]

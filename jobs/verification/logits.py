@@ -1,7 +1,8 @@
 """verify=logits: the logits of a job's output, compared with those of its original before the output is published.
 
 Whatever can be wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's
-logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean` removes them.
+logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true`
+removes them.
 """
 
 from __future__ import annotations
@@ -209,5 +210,5 @@ def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> 
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
-            f" python -m jobs.clean {shlex.quote(str(output))} removes them"
+            f" python -m jobs.clean {shlex.quote(str(output))} delete=true removes them"
         )

@@ -282,14 +282,14 @@ def _said(each: FittedPreset, room: int) -> str:
         return f"  {each.preset}: cannot be: {each.why}"
     relation = "<=" if each.fits else ">"
     return (
-        f"  {each.preset}: {_gb(each.weight_bytes)} ({each.bits_per_weight:.2f} bits a weight, {each.why}) {relation}"
+        f"  {each.preset}: {_gb(each.weight_bytes)} ({each.bits_per_weight:.2f} bits per weight, {each.why}) {relation}"
         f" {_gb(room)}"
     )
 
 
 def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int) -> str:
     if chosen is not None:
-        return f"scheme {chosen}: the most bits a weight that fit"
+        return f"scheme {chosen}: the most bits per weight that fit"
     known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]
     if not known:
         return "nothing fits: no preset can take this checkpoint"

@@ -45,7 +45,9 @@ class AutoQuant(Quant):
 
     kind: Literal["auto"]
     engine: Engine | None = Field(description=f"what is to load it: {', '.join(ENGINES)}; null: whose `among` are")
-    target_bits: float | None = Field(gt=0, description="the budget: bits a weight of the whole output, of all tensors")
+    target_bits: float | None = Field(
+        gt=0, description="the budget: bits per weight of the whole output, of all tensors"
+    )
     target_gb: float | None = Field(gt=0, description="or the bytes of its weight files, in gigabytes (1e9 bytes)")
     among: tuple[str, ...] = Field(description="candidates; none given: the engine's usual ones")
     keep: bool = Field(description="whether a tensor may stay unquantized")

@@ -77,7 +77,7 @@ class Bnb4Quant(Quant):
     kind: Literal["bnb4"]
     table: Literal["nf4", "fp4"] = Field(description="the sixteen values of a code")
     group_size: int = Field(description=f"weights sharing one scale: {', '.join(map(str, GROUP_SIZES))}")
-    double_quant: bool = Field(description="quantize the scales too (about 0.4 bits a weight less)")
+    double_quant: bool = Field(description="quantize the scales too (about 0.4 bits per weight less)")
     storage_dtype: str = Field(description=f"the dtype the packed codes are stored as: {', '.join(STORAGE_DTYPES)}")
     compute_dtype: FloatName | None = Field(description="what the engine computes in; the model's dtype by default")
 

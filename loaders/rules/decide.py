@@ -10,7 +10,7 @@ from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
-from loaders.rules.refusals import kept_ragged, refusal_line
+from loaders.rules.refusals import cause_of, kept_ragged, refusal_line
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor, transposed
@@ -96,9 +96,11 @@ def _problems(mine: Sequence[Decision], refused: Mapping[str, str], decisions: S
     """Return a line for each cause of refusals."""
     causes: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in mine:
-        place = decision.rule.label or setting("quantize")
-        causes.setdefault((place, decision.action, refused[decision.tensor.name]), []).append(decision)
-    return [refusal_line(place, why, found, decisions) for (place, _, why), found in causes.items()]
+        place, cause = decision.rule.label or setting("quantize"), cause_of(decision, refused[decision.tensor.name])
+        causes.setdefault((place, decision.action, cause), []).append(decision)
+    return [
+        refusal_line(place, refused[found[0].tensor.name], found, decisions) for (place, _, _), found in causes.items()
+    ]
 
 
 def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:

@@ -39,7 +39,7 @@ CONV1D_KEPT = (Rule(action="keep", why="a Conv1D, which is no nn.Linear to the e
 def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
     """Return the rules of an engine that converts a model's nn.Linear modules; `conversion` is the reason to give."""
     return (
-        Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule(action="keep", why="only floats are quantized", dtype=NOT_FLOAT),
         Rule(action="keep", why=f"{engine} keeps embeddings", role=("embedding",)),
         Rule(action="keep", why=f"{engine} keeps the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
@@ -60,7 +60,7 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
     "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
     "compressed-tensors": (
-        Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule(action="keep", why="only floats are quantized", dtype=NOT_FLOAT),
         Rule(action="keep", why="llm-compressor's recipes keep embeddings", role=("embedding",)),
         Rule(action="keep", why="llm-compressor's recipes keep the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
@@ -96,7 +96,7 @@ def default_rules(scheme: Scheme, family: Family | None = None) -> tuple[Rule, .
         return (
             Rule(
                 action="keep",
-                why="not a float dtype that is cast",
+                why="only floats are cast",
                 dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1),
             ),
             Rule(action="cast", why=setting("dtype"), cast_to=scheme.dtype),

@@ -43,7 +43,7 @@ class MlxRules:
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule(action="drop", why="mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
-            Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
+            Rule(action="keep", why="only floats are quantized", dtype=NOT_FLOAT),
             *_kept_by_name(config),
             *(rule for shape in short for rule in kept(config, why, MODULES, shape)),
             *(_fine(config) if self.high is None else self._mixed(self.high, tensors, config)),

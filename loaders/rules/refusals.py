@@ -45,6 +45,11 @@ def _plain(decision: Decision) -> Encoding:
     return Encoding(tensor=decision.tensor, action="keep", scheme=Plain())
 
 
+def cause_of(decision: Decision, why: str) -> str:
+    """Return what is the same of refusals that are told in one line: of ragged rows, all but how long they are."""
+    return re.sub(r"\d+ columns", "columns", why, count=1) if _is_ragged(decision) else why
+
+
 def _share(some: Sequence[Decision], all_: Sequence[Decision]) -> float:
     return sum(d.tensor.spec.numel for d in some) / sum(d.tensor.spec.numel for d in all_)
 
@@ -69,7 +74,10 @@ def refusal_line(place: str, why: str, refused: Sequence[Decision], decisions: S
     `decisions` are those about all tensors of the model.
     """
     tensors, action, is_ragged = [d.tensor for d in refused], refused[0].action, _is_ragged(refused[0])
-    what = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors, {_listed(tensors)}"
+    what = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors ({tensors[0].name} first)"
+    if is_ragged:
+        columns = " and ".join(map(str, sorted({tensor.shape[-1] for tensor in tensors})))
+        why = re.sub(r"\d+ columns", f"{columns} columns", why, count=1)
     said = f"{place}: cannot {action} {what}: {why if len(tensors) == 1 else re.sub('^its ', 'their ', why)}"
     if is_ragged:
         said += _other_groups(refused[0], decisions)
@@ -88,9 +96,9 @@ def _other_groups(refused: Decision, decisions: Sequence[Decision]) -> str:
     best = min(left, key=lambda n: (left[n], -n))
     if left[best] > RAGGED_SHARE:
         return f"; no group size that {scheme.engine} takes ({', '.join(map(str, left))}) divides enough of the rows"
-    whole = "all rows" if not left[best] else f"all but {left[best]:.1%} of the weights' rows"
+    whole = "all" if not left[best] else f"all but {left[best]:.1%} of the weights"
     key = f"{refused.rule.label}.quant.group_size" if refused.rule.label else setting("group_size")
-    return f"; {key}={best} divides {whole}"
+    return f"; {key}={best} fits {whole}"
 
 
 def _cost(decisions: Sequence[Decision]) -> str:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from loaders.dtypes import dtype_named
 from loaders.patterns import compiled
 from loaders.quantization.scheme import Scheme
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 
 Action = Literal["quantize", "keep", "cast", "drop"]
+MOST_DTYPES = 8  # of a condition, that are named one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +53,16 @@ class Rule:
         conditions = [f"name ~ {self.name}"] if self.name is not None else []
         if self.shape is not None:
             conditions.append(f"shape {'x'.join('*' if n is None else str(n) for n in self.shape)}")
-        conditions += [f"dtype {'|'.join(self.dtype)}"] if self.dtype else []
-        conditions += [f"role {'|'.join(self.role)}"] if self.role else []
+        conditions += [f"dtype {_listed(self.dtype)}"] if self.dtype else []
+        conditions += [f"role {', '.join(self.role)}"] if self.role else []
         conditions += [f"{len(self.names)} by name"] if self.names is not None else []
         return " and ".join(conditions) or "everything else"
+
+
+def _listed(dtypes: Sequence[str]) -> str:
+    """Return dtypes as words; those that the engines' own rules name by the dozen have none of the floats."""
+    has_float = any(dtype_named(name).is_float for name in dtypes)
+    return ", ".join(dtypes) if has_float or len(dtypes) <= MOST_DTYPES else "not a float"
 
 
 def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:

@@ -91,6 +91,12 @@ class LogicalTensor:
         return total if self.whole is None else total * self.spec.numel // max(1, math.prod(self.whole))
 
     @property
+    def stored_as(self) -> str:
+        """The kind of a quantized tensor, of llama.cpp's the type, and of any other the dtype."""
+        is_kind = self.decode is not None and self.decode.kind != "ggml"
+        return self.decode.kind if self.decode and is_kind else self.stored[0][1].dtype.name
+
+    @property
     def decoded_spec(self) -> TensorSpec:
         """The spec of what the decoder decodes: this tensor, or the one of which it is a window."""
         return self.spec if self.whole is None else TensorSpec(self.name, self.dtype, self.whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,11 @@ class Sources:
     tied: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     adapter: AdapterFile | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The number of the model's weights: of all tensors but those of integers, such as positions."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors if not tensor.dtype.is_integer)
 
 
 def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, check: bool = True) -> Sources:

@@ -296,10 +296,10 @@ def test_journals_of_outputs_on_the_hub_are_cleaned(
     Path("here").mkdir()
     listed = weightmill("clean", "output.root=here", "format=json").document["found"]
     assert [row["status"] for row in listed] == ["abandoned", "abandoned"]
-    found = weightmill("clean", "output.path=hf://me/one", "format=json").document["found"]
+    found = weightmill("clean", "output.path=hf://me/one", "delete=true", "format=json").document["found"]
     assert [row["status"] for row in found] == ["removed"]
     assert weightmill("clean", "output.root=hf://you", "format=json").document["found"] == []
-    assert len(weightmill("clean", "output.root=hf://me", "format=json").document["found"]) == 1
+    assert len(weightmill("clean", "output.root=hf://me", "delete=true", "format=json").document["found"]) == 1
     assert weightmill("clean", "output.root=here", "format=json").document["found"] == []
 
 

@@ -264,12 +264,14 @@ def test_what_interrupted_jobs_left_is_cleaned(
     with monkeypatch.context() as patch:
         patch.setattr("jobs.orchestration.job.complete", stop)
         assert weightmill("run", *given(model, out)).status == 130
-    listed = weightmill("clean", f"output.root={out.parent}", "dry_run=true", "format=json").document["found"]
+    listed = weightmill("clean", f"output.root={out.parent}", "format=json").document["found"]
     assert [row["status"] for row in listed] == ["abandoned"]
     if out.scheme == "s3":  # files that have their final names already are removed, and counted, too
         weights = [each.size for each in open_store(out).list() if each.name.endswith(".safetensors")]
         assert listed[0]["bytes"] > sum(weights) > 0
-    assert weightmill("clean", f"output.path={out}", "format=json").document["found"][0]["status"] == "removed"
+    assert find_leftovers(out.parent) != ()
+    removed = weightmill("clean", f"output.path={out}", "delete=true", "format=json").document["found"]
+    assert [row["status"] for row in removed] == ["removed"]
     assert find_leftovers(out.parent) == ()
 
 

@@ -36,7 +36,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     assert stats.mean_layer_error == pytest.approx(0.15)
     assert stats.max_layer_error == pytest.approx(0.2)
     assert repr(stats) == (
-        "CompressionStats(3 tensors, 500 parameters: 1.00 MB -> 0.30 MB, 3.33x smaller, 4800.00 bits a weight,"
+        "CompressionStats(3 tensors, 500 parameters: 1.00 MB -> 0.30 MB, 3.33x smaller, 4800.00 bits per weight,"
         " error 0.1581, 2 layers: mean error 0.15, max 0.2)"
     )
     assert (CompressionStats().mean_layer_error, CompressionStats().compression_ratio) == (0.0, 0.0)

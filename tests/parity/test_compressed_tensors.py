@@ -287,14 +287,17 @@ def test_the_checkpoint_is_that_of_compressed_tensors_and_loads(
     [
         (
             "w4a16",
-            "of quant.group_size=128; no group size that compressed-tensors takes (32, 64, 128) divides enough",
+            "into groups of 128; no group size that compressed-tensors takes (32, 64, 128) divides enough",
         ),
-        ("w4a16_asym", "their 200 columns are no multiple of quant.group_size=128"),
-        ("w8a16", "their 200 columns are no multiple of quant.group_size=128"),
-        ("nvfp4a16", "their 200 columns are no multiple of 16, the group of NVFP4; to keep "),
-        ("mxfp4", "their 200 columns are no multiple of 32, the group of MXFP4; to keep "),
-        ("mxfp4a16", "their 200 columns are no multiple of 32, the group of MXFP4; to keep "),
-        ("fp8_block", "their 200 columns are no multiple of 128, and FP8_BLOCK's engines quantize activations"),
+        ("w4a16_asym", "columns do not divide into groups of 128"),
+        ("w8a16", "columns do not divide into groups of 128"),
+        ("nvfp4a16", "columns do not divide into NVFP4's groups of 16; to keep "),
+        ("mxfp4", "columns do not divide into MXFP4's groups of 32; to keep "),
+        ("mxfp4a16", "columns do not divide into MXFP4's groups of 32; to keep "),
+        (
+            "fp8_block",
+            "columns do not divide into groups of 128, and FP8_BLOCK's engines quantize activations",
+        ),
     ],
 )
 def test_what_a_scheme_or_its_engine_cannot_hold_is_refused_in_the_plan(

@@ -197,20 +197,19 @@ def _name(quants: Sequence[str]) -> str:
 def _said(cases: Sequence[Whole], size: int, busy: Busy, about: Mapping[str, Any]) -> Said:
     taken = busy.document()
     rows = [_row(case, size, cases) for case in cases]
-    numbers = ("best s", "median s", "start s", "CPU s", "GB/s", "ours is faster", "of the best read", "peak RSS MB")
+    numbers = ("median s", "GB/s", "ours is faster", "of the best read", "best s", "start s", "CPU s", "peak RSS MB")
     shown = table("case", *numbers, right=numbers)
-    for row in rows:
-        if row["missing"]:
-            shown.add_row(f"{row['case']}: {row['missing']}")
-            continue
+    for row in (row for row in rows if not row["missing"]):
         shown.add_row(
-            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", _number(row["start_s"], "{:.2f}"),
-            _number(row["cpu_s"], "{:.2f}"), f"{row['gbps_median']:.3g}", _number(row["times_faster"], "{:.2f} x"),
-            _number(row["of_the_best_read"], "{:.0%}"), _number(row["peak_bytes"] / 1e6 or None, "{:.0f}"),
+            row["case"], f"{row['median_s']:.2f}", f"{row['gbps_median']:.3g}",
+            _number(row["times_faster"], "{:.2f} x"), _number(row["of_the_best_read"], "{:.0%}"),
+            f"{row['best_s']:.2f}", _number(row["start_s"], "{:.2f}"), _number(row["cpu_s"], "{:.2f}"),
+            _number(row["peak_bytes"] / 1e6 or None, "{:.0f}"),
         )  # fmt: skip
+    missing = [f"{row['case']}: {row['missing']}" for row in rows if row["missing"]]
     here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = Group(f"{here}; {lines}", shown, SAID, *([] if said is None else [Text(said, style="yellow")]))
+    text = Group(f"{here}; {lines}", shown, *missing, SAID, *([] if said is None else [Text(said, style="yellow")]))
     return Said({"status": "done", "machine": here, "busy": taken, **about, "rows": rows}, text)
 
 

@@ -186,7 +186,7 @@ def _said(
 ) -> Said:
     rates = ("command GB/s", "work GB/s", "ideal", "of the ideal", "kernels alone", "parallel copy")
     titles = ("cores", "command s", "work s", *rates)
-    shown = table("", *titles, right=titles)
+    shown = table("", *titles, keys=2, right=titles)
     for row in rows:
         shown.add_row(
             row["quant"], str(row["cores"]), *(f"{statistics.median(row[f'{kind}_s']):.2f}" for kind in KINDS[:2]),

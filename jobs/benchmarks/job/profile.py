@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
@@ -30,7 +29,7 @@ from jobs.benchmarks.commands import Ran, job_command, ours, run_command
 from jobs.benchmarks.job.phases import NAMES, OTHER, UNITS, WORK, Stack, stacks_of
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
-from jobs.report.tables import table
+from jobs.report.tables import Table, table
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.places import DEMO

@@ -34,7 +34,7 @@ SMALLEST = {"BF16": np.float32(2.0**-126), "F16": np.float32(2.0**-14), "F32": n
 def _refuses(spec: TensorSpec, scheme: str, group: int) -> str | None:
     refusal = refuses_matrix(spec, scheme)
     if refusal is None and spec.shape[1] % group:
-        return f"its {spec.shape[1]} columns are no multiple of {group}, the group of {scheme}"
+        return f"its {spec.shape[1]} columns do not divide into {scheme}'s groups of {group}"
     return refusal
 
 

@@ -49,8 +49,8 @@ class Fp8Block:
         refusal = refuses_matrix(spec, "FP8_BLOCK")
         if refusal is None and spec.shape[1] % BLOCK:
             return (
-                f"its {spec.shape[1]} columns are no multiple of {BLOCK}, and FP8_BLOCK's engines quantize activations"
-                f" {BLOCK} at a time; fp8_dynamic takes rows of any length"
+                f"its {spec.shape[1]} columns do not divide into groups of {BLOCK}, and FP8_BLOCK's engines quantize"
+                f" activations {BLOCK} at a time; fp8_dynamic takes rows of any length"
             )
         return refusal
 

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
-from loaders.errors import setting
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
@@ -92,7 +91,7 @@ class PackedInt:
         name = f"W{self.bits}A16"
         refusal = refuses_matrix(spec, name)
         if refusal is None and spec.shape[1] % self.group_size:
-            return f"its {spec.shape[1]} columns are no multiple of {setting('group_size')}={self.group_size}"
+            return f"its {spec.shape[1]} columns do not divide into groups of {self.group_size}"
         return refusal
 
     def is_ragged(self, spec: TensorSpec) -> bool:

@@ -220,7 +220,7 @@ def test_people_see_the_plan_the_result_and_where_it_is(source: Path, tmp_path: 
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert "quantize" in ran.err
     assert "transformers makes every nn.Linear a Linear4bit" in ran.err
-    for said in ("times smaller", "bits a weight", "worst tensors", "GB/s", f"output: {tmp_path / 'out'}"):
+    for said in ("times smaller", "bits per weight", "worst tensors", "GB/s", f"output: {tmp_path / 'out'}"):
         assert said in ran.out
 
 

@@ -251,7 +251,7 @@ def test_clean_removes_nothing_that_has_only_the_name_of_a_journal(plant: str, t
             (named / "files").symlink_to(victim)
         else:
             (named / "photos").mkdir()
-    ran = weightmill("clean", f"output.root={folder}")
+    ran = weightmill("clean", f"output.root={folder}", "delete=true")
     assert ran.status == 0, ran.err
     assert os.path.lexists(named)
     assert not left.exists()
@@ -271,7 +271,7 @@ def test_clean_goes_on_past_what_it_cannot_remove(
         honest(path, *given, **how)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    ran = weightmill("clean", f"output.root={tmp_path}")
+    ran = weightmill("clean", f"output.root={tmp_path}", "delete=true")
     assert ran.status == 1
     assert ".a.0123456789ab.weightmill: Permission denied" in ran.err
     assert [path.name[:3] for path in tmp_path.glob(".*.weightmill")] == [".a."]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.making import llama_tensors, make_source, write_checkpoint
+from tests.making import Raw, llama_tensors, make_source, write_checkpoint
 
 
 @pytest.mark.quick
@@ -53,3 +54,32 @@ def test_a_stale_description_is_said_in_the_same_words_by_every_verb(tmp_path: P
     assert said in weightmill("plan", f"model.path={root}").err
     findings = weightmill("lint", root, "format=json").document["findings"]
     assert [said in finding["what"] for finding in findings if finding["level"] == "fault"] == [True]
+
+
+def test_inspect_names_the_types_of_a_gguf(tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", f"output.path={out}", "quant=gguf_q8_0").status == 0
+    document = weightmill("inspect", out, "format=json").document
+    kinds = {row["name"]: row["stored_as"] for row in document["tensors"]}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == "Q8_0"
+    assert kinds["model.norm.weight"] == "F32"
+    said = weightmill("inspect", out).out
+    assert "Q8_0" in said
+    assert "ggml" not in said
+
+
+@pytest.mark.quick
+def test_a_model_has_one_count_of_parameters_wherever_it_is_said(tmp_path: Path, weightmill: Any) -> None:
+    tensors = llama_tensors()
+    count = sum(raw.data.size for raw in tensors.values())
+    positions = Raw("I64", np.arange(512, dtype=np.int64))
+    root = write_checkpoint(tmp_path / "m", {**tensors, "model.position_ids": positions})
+    assert weightmill("inspect", root, "format=json").document["parameters"] == count
+    made = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'out'}", "quant=nf4", "format=json")
+    assert made.document["totals"]["parameters"] == count
+    assert weightmill("inspect", tmp_path / "out", "format=json").document["parameters"] == count
+    gguf = tmp_path / "gguf"
+    demo = weightmill("run", f"output.path={gguf}", "quant=gguf_q8_0", "format=json").document["totals"]["parameters"]
+    for quant in ("gguf_q4_0", "nf4"):  # again from its codes, and from what they decode to
+        planned = weightmill("plan", f"model.path={gguf}", f"quant={quant}", "format=json").document
+        assert planned["source"]["parameters"] == demo

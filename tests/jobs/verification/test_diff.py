@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.making import Raw, llama_tensors, read_safetensors, values_of, write_checkpoint
+from tests.making import Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 
 
 def test_diff_names_the_side_that_is_missing(source: Path, tmp_path: Path, weightmill: Any) -> None:
@@ -44,13 +45,44 @@ def test_diff_names_what_differs_and_what_is_only_on_one_side(tmp_path: Path, we
     assert different["model.norm.weight"]["max_error"] == pytest.approx(step)
     assert different["model.layers.0.mlp.up_proj.weight"]["why"] == "shapes [128, 64] and [64, 128]"
     assert (document["only_in_a"], document["only_in_b"]) == (["lm_head.weight"], ["extra"])
-    said = weightmill("diff", a, b).out
-    assert "18 tensors equal, 2 different" in said
+    ran = weightmill("diff", a, b)
+    said = ran.out
+    assert ran.status == 1
+    assert "20 tensors: 18 equal, 2 different" in said
     assert "only in" in said
 
 
 def test_diff_of_a_checkpoint_with_itself_is_equal(source: Path, weightmill: Any) -> None:
-    assert "21 tensors equal, 0 different" in weightmill("diff", source, source).out
+    ran = weightmill("diff", source, source)
+    assert ran.status == 0
+    assert "21 tensors: 21 equal, 0 different" in ran.out
+    assert "in all" not in ran.out
+
+
+@pytest.mark.quick
+def test_a_tensor_on_one_side_alone_is_a_difference(tmp_path: Path, weightmill: Any) -> None:
+    tensors = llama_tensors()
+    more = {**tensors, "extra": tensors["model.norm.weight"]}
+    a, b = write_checkpoint(tmp_path / "a", tensors), write_checkpoint(tmp_path / "b", more)
+    for sides in ((a, b), (b, a)):
+        ran = weightmill("diff", *sides, "format=json")
+        assert ran.status == 1
+        assert (ran.document["status"], ran.document["different"]) == ("different", 0)
+
+
+@pytest.mark.quick
+def test_diff_sorts_by_layer_and_sums_up(tmp_path: Path, weightmill: Any) -> None:
+    norms = {f"model.layers.{n}.input_layernorm.weight": weights(np.full(8, n + 1.0), "F32") for n in (10, 2, 1)}
+    changed = {**norms, "model.layers.10.input_layernorm.weight": weights(np.full(8, 12.0), "F32")}
+    a, b = write_checkpoint(tmp_path / "a", norms), write_checkpoint(tmp_path / "b", changed)
+    ran = weightmill("diff", a, b, "tensors=all", "format=json")
+    layers = [int(row["name"].split(".")[2]) for row in ran.document["tensors"]]
+    assert layers == [1, 2, 10]
+    total = ran.document["total"]
+    assert (total["parameters"], total["max_error"]) == (24, 1.0)
+    # One weight in three is off by 1; the source's squares are those of 2, 3 and 11.
+    assert total["relative_error"] == pytest.approx((1 / (4 + 9 + 121)) ** 0.5)
+    assert "over all 24 weights: relative error 0.08639" in weightmill("diff", a, b).out
 
 
 def test_diff_without_its_arguments_is_refused(source: Path, weightmill: Any) -> None:

@@ -68,7 +68,7 @@ def test_a_sweep_evaluates_its_original_once_and_is_compared_by_what_it_found(
     ran = weightmill("run", "-m", *given, *LOGITS, "objective=[quality/kl]")
     assert ran.status == 0, ran.err
     assert len(originals) == 1
-    assert "Pareto front (*) of bits a weight against quality/kl" in ran.out
+    assert "Pareto front (*) of bits per weight against quality/kl" in ran.out
     assert "top-1 %" in ran.out
     for more in (LOGITS, ()):  # nothing is left to do, nor for those who ask for less
         again = weightmill("run", "-m", *given, *more, "format=json")
@@ -83,7 +83,7 @@ def test_a_sweep_evaluates_its_original_once_and_is_compared_by_what_it_found(
     assert found["demo-none"]["quality/perplexity_ratio"] == 1
     assert found["demo-nf4"]["quality/kl"] > 0.001
     assert set(compared.document["pareto"]) == {"demo-none", "demo-nf4"}
-    cleaned = weightmill("clean", f"output.root={tmp_path}")
+    cleaned = weightmill("clean", f"output.root={tmp_path}", "delete=true")
     assert ".logits.weightmill" in cleaned.out
     assert not (tmp_path / ".logits.weightmill").exists()
 

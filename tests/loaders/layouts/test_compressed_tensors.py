@@ -141,9 +141,12 @@ def test_a_fused_group_of_two_schemes_is_said(source: Path, tmp_path: Path, weig
         (("quant=fp8_block", "quant.group_size=64"), "quant.group_size: fp8_block has groups of its own"),
         (
             ("quant=w4a16",),
-            "no multiple of quant.group_size=128; quant.group_size=64 divides all rows; to keep them",
+            "64 columns do not divide into groups of 128; quant.group_size=64 fits all; to keep them",
         ),
-        (("quant=fp8_block",), "their 64 columns are no multiple of 128, and FP8_BLOCK's engines quantize activations"),
+        (
+            ("quant=fp8_block",),
+            "their 64 columns do not divide into groups of 128, and FP8_BLOCK's engines quantize activations",
+        ),
         (
             ("quant=w4a16", "quant.group_size=64", "rules=[{name: up, action: quantize, quant: {preset: w8a8}}]"),
             "rules[0].quant: group_size: Value error, w8a8 has groups of its own",

@@ -84,8 +84,8 @@ def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> N
     with pytest.raises(BadSpec) as caught:
         decide(tensors_in, Ternary(), rules)
     assert len(caught.value.problems) == 2
-    assert "rules[0]: cannot quantize 5 tensors, model.layers.0.post_attention_layernorm.weight, " in str(caught.value)
-    assert "first: their shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
+    assert "rules[0]: cannot quantize 5 tensors (model.layers.0.post_attention_layernorm.weight" in str(caught.value)
+    assert " first): their shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
         caught.value
     )
 
@@ -132,6 +132,16 @@ def test_a_ragged_matrix_that_a_rule_names_is_refused(tensors_in: tuple[LogicalT
         decide(ragged(tensors_in, 24), CompressedNvfp4(), (rule,))
 
 
+def test_ragged_rows_of_several_lengths_are_one_cause(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    one = next(tensor for tensor in tensors_in if tensor.name.endswith("q_proj.weight"))
+    longer = replace(one, name="model.layers.0.self_attn.kv_proj.weight", shape=(64, 192))
+    with pytest.raises(BadSpec) as caught:
+        decide((*tensors_in, longer), PackedInt(4, 128, True), ())
+    [problem] = caught.value.problems
+    assert "cannot quantize 13 tensors (" in problem
+    assert "their 64 and 192 columns do not divide into groups of 128; group_size=64 fits all;" in problem
+
+
 def test_none_copies_and_casts(tensors_in: tuple[LogicalTensor, ...]) -> None:
     assert set(actions(decide(tensors_in, Plain(), ())).values()) == {"keep"}
     assert set(actions(decide(tensors_in, Plain("F32"), ())).values()) == {"cast"}
@@ -143,7 +153,7 @@ def test_a_refusal_of_ragged_rows_names_the_groups_that_fit_and_what_keeping_cos
     with pytest.raises(BadSpec) as caught:
         decide(tensors_in, PackedInt(4, 128, True), ())
     said = str(caught.value)
-    assert "no multiple of group_size=128; group_size=64 divides all rows; to keep them: rules=" in said
+    assert "64 columns do not divide into groups of 128; group_size=64 fits all; to keep them: rules=" in said
     [pattern] = re.findall(r'rules=.*name: "(.*)"', said)
     kept = decide(tensors_in, PackedInt(4, 128, True), (own("keep", name=pattern),))
     output = size(sum(part.size for d in kept if d.encoding is not None for part in d.encoding.stored.values()))
