@@ -44,8 +44,8 @@ architectures containers quantization
 specs stats clock
 storage dtypes
 patterns
-limits
-errors places words tables
+limits faults
+errors places words tables near_misses
 """
 LAYERS = [
     *([f"jobs.{word}" for word in line.split()] for line in JOBS.strip().splitlines()),
