@@ -29,6 +29,7 @@ KINDS = {
     "model": "settings, as in {a: 1}",
     "none": "null",
 }
+LISTED = re.compile(r"(?:expected one of|known:) (.+)$")  # the names that our own checks list
 CHOICE = re.compile(r"'([^']*)'|(-?\d+)")
 
 
@@ -58,7 +59,10 @@ def expected(fault: Any) -> str:
     if word in KINDS:
         return f"expected {KINDS[word]}"
     message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return message[:1].lower() + message[1:]
+    found, known = fault["input"], LISTED.search(message)
+    is_text = kind == "value_error" and isinstance(found, str) and known is not None and ";" not in known[1]
+    hint = near(found, known[1].split(", ")) if is_text and known is not None else ""
+    return message[:1].lower() + message[1:] + hint
 
 
 def _one_of(known: Sequence[str]) -> str:

@@ -204,6 +204,7 @@ OPENING_ALONE = {"open", "write_file", "hash_file"}
 # The other files that open local paths, each with the reason why these are no files of a checkpoint, output or journal.
 OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
+    "jobs/cli/choices.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/compose.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/console.py": "/dev/null",
     "jobs/cli/help.py": "conf/",

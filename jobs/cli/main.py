@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"weightmill {version('weightmill')}")
         return 0
-    print(f"weightmill: no such verb: {verb}; known: {', '.join(VERBS)}, completion", file=sys.stderr)
+    from jobs.cli.meant import verb_meant
+
+    print(f"weightmill: {verb_meant(verb, VERBS)}", file=sys.stderr)
     return 2
 
 

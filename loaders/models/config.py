@@ -93,6 +93,8 @@ class ModelLoadingConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
+        if type(self.dtype).__module__ == "torch":
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         problems = self._wrong_types()
         if problems:
             raise BadSpec(problems)
@@ -130,7 +132,7 @@ class ModelLoadingConfig:
             problems.append(not_positive("workers", self.workers, whole=True, least=1))
         if not isinstance(self.backend, str):
             problems.append(f"backend: expected one of {', '.join(BACKENDS)}, found {self.backend!r}")
-        if not (self.quantize is None or isinstance(self.quantize, str | Scheme)):
+        if not (self.quantize is None or isinstance(self.quantize, str) or hasattr(self.quantize, "engine")):
             problems.append(f"quantize: expected a preset's name, such as 'nf4', or a scheme; found {self.quantize!r}")
         if not (self.max_memory is None or isinstance(self.max_memory, Mapping)):
             problems.append(f"max_memory: expected such as {{'cpu': '8GB'}}, found {self.max_memory!r}")
@@ -159,9 +161,8 @@ def _no_setting(name: str, value: object, known: Sequence[str]) -> str:
     if name in ("device", "device_map", "map_location"):
         where = str(value).partition(":")[0]
         where = where if where in BACKENDS else meant(where, BACKENDS) or "auto"
-        return (
-            f"no such setting; give backend={where!r} (known: {', '.join(BACKENDS)}), or max_memory to share a model out"
-        )
+        known = ", ".join(BACKENDS)
+        return f"no such setting; give backend={where!r} (known: {known}), or max_memory to share a model out"
     return unknown_setting(name, known)
 
 
@@ -171,8 +172,8 @@ def _no_scheme(name: str) -> str:
 
     if name in preset_names():
         return (
-            f"{name!r} is not one that a model is quantized to as it is loaded; known: {', '.join(SCHEMES)}. Make it"
-            f" first: python -m jobs.run model.path=DIR quant={name}"
+            f"{name!r} is not one that a model is quantized to as it is loaded; known: {', '.join(SCHEMES)}. A job"
+            " (python -m jobs.run) writes it, and the engine loads that"
         )
     return f"{unknown_quant(name, SCHEMES)}, or a scheme"
 
