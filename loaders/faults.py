@@ -59,9 +59,9 @@ def expected(fault: Any) -> str:
     if word in KINDS:
         return f"expected {KINDS[word]}"
     message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    found, known = fault["input"], LISTED.search(message)
-    is_text = kind == "value_error" and isinstance(found, str) and known is not None and ";" not in known[1]
-    hint = near(found, known[1].split(", ")) if is_text and known is not None else ""
+    found, listed = fault["input"], LISTED.search(message)
+    is_text = kind == "value_error" and isinstance(found, str) and listed is not None and ";" not in listed[1]
+    hint = near(found, listed[1].split(", ")) if is_text and listed is not None else ""
     return message[:1].lower() + message[1:] + hint
 
 

@@ -110,7 +110,7 @@ def key_meant(word: str, keys: Collection[str]) -> str | None:
     wanted = plain(word)
     if wanted in keys:
         return wanted
-    for each in (*MEANT.get(wanted, ()), *KEYS_ELSEWHERE.get(wanted, ()), wanted):
+    for each in (*KEYS_ELSEWHERE.get(wanted, ()), *MEANT.get(wanted, ()), wanted):
         if each in keys:
             return each
         if found := _with_leaf(each, keys):

@@ -89,14 +89,20 @@ def _interval(quality: Mapping[str, Any], name: str) -> str:
     return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
 
 
-def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Render findings as a table: what it is, what will happen in which engine, what to do."""
+def findings_text(found: Sequence[Finding | LintFinding], warnings: Sequence[str] = ()) -> RenderableType:
+    """Render findings as a table: what it is, what will happen in which engine, what to do; and warnings below it.
+
+    A warning of the plan that is a finding, too, is shown once.
+    """
+    same = {f"{each.what}: {each.engine} {each.happens}; {each.remedy}" for each in found}
+    others = [Text(f"warning: {warning}", style="yellow") for warning in warnings if warning not in same]
     if not found:
-        return Text("no findings: nothing was found that its engine would stumble over", style="green")
+        none = Text("no findings: nothing was found that its engine would stumble over", style="green")
+        return Group(*others) if others else none
     shown = table("", "what", "what will happen", "what to do")
     for finding in found:
         style = "red" if finding.level == "fault" else "yellow"
         shown.add_row(
             Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
         )
-    return shown
+    return Group(shown, *others) if others else shown

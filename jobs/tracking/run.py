@@ -279,6 +279,7 @@ class MlflowRun:
         shown = without_secrets(self._uri)
         page = f"{shown.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
         self.address = page if self._uri.startswith("http") else f"{shown} run {self._run}"
+        self.how_to_open = "" if self._uri.startswith("http") else how_to_open(shown)
         if self.is_finished:
             return
         if found is not None:
@@ -366,7 +367,15 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     uri = without_secrets(spec.uri or default_uri(root))
     if uri.startswith("http"):
         return f"compare: {uri.rstrip('/')}/{page}"
-    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/{page}"
+    return f"compare: {how_to_open(uri)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
+
+
+def how_to_open(uri: str) -> str:
+    """Say how the page of a store is opened that no server serves yet; a database below here is named from here."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and path.is_relative_to(Path.cwd()):
+        uri = f"sqlite:///{path.relative_to(Path.cwd())}"
+    return f"mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000"
 
 
 def here() -> dict[str, str]:
