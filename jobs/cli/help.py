@@ -140,7 +140,7 @@ def _examples(verb: Described) -> list[str]:
         one = f"{command:44}  # {meaning}"
         # A line that goes on is cut between words, which a shell joins again.
         folded = textwrap.wrap(
-            command, WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False,
+            command.strip(), WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False,
             drop_whitespace=True, initial_indent="  ",
         )  # fmt: skip
         cut = [f"{line} \\" for line in folded[:-1]] + folded[-1:]
@@ -152,7 +152,7 @@ def _where_to_look(verb: Described, groups: Mapping[str, Any]) -> list[str]:
     rows = []
     if groups:
         group = "quant" if "quant" in groups else next(iter(groups))
-        rows += [(group, f"what {group} offers; likewise every other group")]
+        rows += [(group, "its choices; likewise other groups")]
     if "quant" in groups:
         rows += [("quant=nf4", "one choice: settings, defaults, what loads it"), ("output.path", "one setting")]
     rows += [(f"{verb.name} all", "all choices and settings on one page")]
@@ -162,7 +162,14 @@ def _where_to_look(verb: Described, groups: Mapping[str, Any]) -> list[str]:
 def _options(options: Mapping[str, Path]) -> Iterator[str]:
     for option, path in options.items():
         head = f"    {option:18} "
-        yield from textwrap.wrap(about(path), WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+        yield from _table_row(head, about(path))
+
+
+def _table_row(head: str, said: str) -> list[str]:
+    row = textwrap.wrap(
+        said, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+    )  # fmt: skip
+    return row or [head]
 
 
 def _wrapped(head: str, text: str) -> list[str]:

@@ -262,7 +262,8 @@ class Sweep:
         done = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, Said) and n in self._specs]
         parents = dict.fromkeys(self._specs[number].output_address.parent for number in done)
         where = ", ".join(str(parent) for parent in parents)
-        how = "; each README.md there says how to load its output" if parents else ""
+        has_cards = all(self._specs[number].output.card for number in done)
+        how = "; the README.md of each says how to load it" if has_cards else ""
         return [whole(f"outputs: {where}{how}")] if parents else []
 
     def _page(self) -> str | None:

@@ -279,7 +279,6 @@ class MlflowRun:
         shown = without_secrets(self._uri)
         page = f"{shown.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
         self.address = page if self._uri.startswith("http") else f"{shown} run {self._run}"
-        self.how_to_open = "" if self._uri.startswith("http") else how_to_open(shown)
         if self.is_finished:
             return
         if found is not None:
@@ -354,8 +353,11 @@ class MlflowRun:
 def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
     """Return the page on which MLflow compares runs, or lists those of a sweep if they are more than COMPARED.
 
-    For a local store, it is the command that serves the page, and the page's address.
+    For a store that no server serves, it is the command that does, and by what the sweep's runs are found.
     """
+    uri = without_secrets(spec.uri or default_uri(root))
+    if not uri.startswith("http"):
+        return f"compare: {how_to_open(uri)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
     page = (
         f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
     )
@@ -364,10 +366,7 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
         page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
             f"&searchFilter={quote(mine, safe='')}" if sweep else ""
         )
-    uri = without_secrets(spec.uri or default_uri(root))
-    if uri.startswith("http"):
-        return f"compare: {uri.rstrip('/')}/{page}"
-    return f"compare: {how_to_open(uri)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
+    return f"compare: {uri.rstrip('/')}/{page}"
 
 
 def how_to_open(uri: str) -> str:

@@ -134,7 +134,7 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path, weightmill: Any) -> N
     ran = weightmill("plan", "quant=mine", f"--config-dir={own}", "format=json")
     assert ran.status == 0, ran.err
     assert ran.document["output"]["quant"] == "mine"
-    assert "mine " in weightmill("run", "--help", f"--config-dir={own}").out
+    assert "mine " in weightmill("help", "quant", f"--config-dir={own}").out
     swept = weightmill("run", "-m", "quant=mine,int8", "quant.group_size=64,128", f"--config-dir={own}")
     assert f"'--config-dir={own}' tracking=none quant=mine quant.group_size=64,128" in swept.err
     (own / "quant" / "nf4.yaml").write_text(text)
