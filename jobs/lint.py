@@ -29,10 +29,12 @@ class LintSpec(Spec):
 
 def act(spec: LintSpec) -> Said:
     """Lint the checkpoint; the exit status is 1 if there are faults."""
+    from jobs.output.report import warnings_of
     from jobs.report.result import findings_text
     from loaders.lint import lint_at
+    from loaders.storage.address import Address
 
-    found = lint_at(spec.output.path)
+    found, warnings = lint_at(spec.output.path), warnings_of(Address.of(spec.output.path))
     faults = sum(finding.level == "fault" for finding in found)
     document = {
         "status": "failed" if faults else "done",
@@ -40,8 +42,9 @@ def act(spec: LintSpec) -> Said:
         "faults": faults,
         "doubts": len(found) - faults,
         "findings": [asdict(finding) for finding in found],
+        "warnings": list(warnings),
     }
-    return Said(document, findings_text(found), FAILED if faults else 0)
+    return Said(document, findings_text(found, warnings), FAILED if faults else 0)
 
 
 VERB = Verb(

@@ -21,7 +21,7 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 # The layers from top to bottom. A module may import from its own folder and from the lines below. A word is a folder,
 # or a file at the top of `jobs` or `loaders`.
 JOBS = """
-__main__ bench clean compare diff inspect lint plan recommend run verify
+__main__ bench clean compare diff help inspect lint plan recommend run verify
 benchmarks
 orchestration
 tracking
@@ -44,8 +44,8 @@ architectures containers quantization
 specs stats clock
 storage dtypes
 patterns
-limits
-errors places words tables
+limits faults
+errors places words tables near_misses
 """
 LAYERS = [
     *([f"jobs.{word}" for word in line.split()] for line in JOBS.strip().splitlines()),
@@ -204,6 +204,7 @@ OPENING_ALONE = {"open", "write_file", "hash_file"}
 # The other files that open local paths, each with the reason why these are no files of a checkpoint, output or journal.
 OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
+    "jobs/cli/choices.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/compose.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/console.py": "/dev/null",
     "jobs/cli/help.py": "conf/",

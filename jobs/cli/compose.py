@@ -19,10 +19,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from jobs.cli.choices import fault_of
+from jobs.cli.instead import instead
 from jobs.cli.literals import quoted, verbatim
+from jobs.cli.meant import Keys, bare_problem, choice_problem, option_problem
 from jobs.cli.rules_file import rules_of
 from jobs.cli.sweep_folders import SweepFolders
-from jobs.cli.validation import check, near, path_keys
+from jobs.cli.validation import check, fields_of, path_keys
 from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
 from loaders.presets.catalog import preset_values
@@ -33,6 +36,7 @@ from loaders.storage.address import without_secrets
 IN_NAMES = ("model", "model.path", "model.name", "quant", "transform", "transform.num_blocks", "mtp", "rules",
             "source", "output", "output.layout", "output.split")  # fmt: skip
 FOLDER = "--config-dir="  # the name of the flag in Hydra
+FLAGS = ("-m", "--multirun", "-h", "--help")
 # Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
 # Hydra's grammar would parse.
 VERBATIM = ("peer", "filter")
@@ -93,11 +97,13 @@ def take_apart(verb: str, spec: type[BaseModel], arguments: Sequence[str]) -> Re
 
     Faults are collected in `problems`, to be reported together with those of `compose`.
     """
-    flags = [a for a in arguments if a.startswith("-") and not a.startswith(FOLDER)]
+    flags = [a for a in arguments if a in FLAGS]
     request = Request(flags=flags, verbatim=frozenset({*path_keys(spec), *VERBATIM}))
     _take_folders(verb, request, [a.removeprefix(FOLDER) for a in arguments if a.startswith(FOLDER)])
-    for override in (a for a in arguments if not a.startswith("-")):
-        prepared, problem = _prepared(verb, override, request)
+    keys = {place: field.annotation is bool for place, field in fields_of(spec)}
+    paths: list[str] = []  # that were given without a key
+    for override in _without_options(verb, spec, request, arguments, keys):
+        prepared, problem = _prepared(verb, override, request, keys, paths)
         problem = problem or _grammar(override, prepared)
         if problem:
             request.problems.append(problem)
@@ -105,6 +111,23 @@ def take_apart(verb: str, spec: type[BaseModel], arguments: Sequence[str]) -> Re
             request.overrides.append(prepared)
             request.given.append(override)
     return request
+
+
+def _without_options(
+    verb: str, spec: type[BaseModel], request: Request, arguments: Sequence[str], keys: Keys
+) -> Iterator[str]:
+    """Yield the overrides; options that there are not, with the values after them, become problems."""
+    rest = [a for a in arguments if a not in FLAGS and not a.startswith(FOLDER)]
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            yield word
+            continue
+        has_value = bool(rest) and "=" not in word and "=" not in rest[0] and not rest[0].startswith("-")
+        value = rest.pop(0) if has_value else None
+        choices = choices_of(verb, request.folders)
+        sweeps = verb == "run" and spec.__name__ == "JobSpec"
+        request.problems.append(option_problem(word, value, keys, choices, sweeps=sweeps))
 
 
 def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
@@ -124,7 +147,7 @@ def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
         request.overrides.append(f"hydra.searchpath=[{paths}]")
 
 
-def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | None]:
+def _prepared(verb: str, override: str, request: Request, keys: Keys, paths: list[str]) -> tuple[str, str | None]:
     choices, is_sweep = choices_of(verb, request.folders), request.is_sweep
     shown = override.encode(errors="backslashreplace").decode()
     # Arguments that are not UTF-8 arrive with surrogates, which neither JSON reports nor MLflow's database can store.
@@ -134,12 +157,15 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
     if not equals:
         if key.startswith("~"):
             return override, None
-        return "", f"{override}: expected key=value{near(key, choices, 'is it')}"
+        return "", bare_problem(override, keys, choices, paths)
     bare = key.lstrip("+~")
     if bare.split(".")[0] == "hydra" or bare.startswith("hydra/"):
         return override, None
     if bare in choices:
-        return _choice(override, bare, value, choices[bare])
+        return _choice(override, bare, value, verb, request)
+    if bare.startswith(("rules.", "objective.")):
+        group = bare.partition(".")[0]
+        return "", f"{bare}: {group} is a list; give all of it{instead(group, 'list_type', None, False)}"
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return rules_of(value)
     if bare in request.verbatim and bare not in VERBATIM and value not in KEYWORDS and os.path.lexists(value):
@@ -165,10 +191,20 @@ def _grammar(override: str, prepared: str) -> str | None:
     return None
 
 
-def _choice(override: str, group: str, value: str, options: Sequence[str]) -> tuple[str, str | None]:
-    for chosen in (part.strip() for part in value.split(",")):
-        if re.fullmatch(r"[\w.\-]+", chosen) and chosen not in options and chosen != "null":
-            return "", f"{group}: unknown choice {chosen!r}{near(chosen, options)}; known: {', '.join(options)}"
+def _choice(override: str, group: str, value: str, verb: str, request: Request) -> tuple[str, str | None]:
+    choices, files = choices_of(verb, request.folders), files_of(verb, request.folders)[group]
+    # A sweep's own words, such as glob(*), and what refers to other values, are Hydra's.
+    if (request.is_sweep and "(" in value) or "${" in value:
+        return override, None
+    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    for chosen in (part.strip().strip("'\"") for part in listed.split(",")):
+        if chosen not in files and (chosen != "null" or group != "experiment"):
+            return "", choice_problem(group, chosen, choices[group])
+        if chosen in files and (wrong := fault_of(files[chosen], group, choices)) is not None:
+            return "", wrong
+    if (listed != value or "," in value) and not request.is_sweep:
+        hint = f"; a sweep takes several: python -m jobs.run -m {group}={listed}" if verb == "run" else ""
+        return "", f"{group}: expected one choice, found {value}{hint}"
     return override, None
 
 
@@ -277,7 +313,8 @@ def plain(config: Any) -> Any:
 
 def _said_by_hydra(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(("See https", "^", "full_key", "object_type")))
+    inner = ("See https", "^", "full_key", "object_type", "Config search path", "provider=")
+    return " ".join(line for line in lines if not line.startswith(inner))
 
 
 # --- sweeps

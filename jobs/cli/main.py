@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
 VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "compare", "recommend", "clean", "bench")
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "_complete":
         print("\n".join(completions(" ".join(given[1:]))))
         return 0
-    if verb in ("-h", "--help", "help"):
+    if verb == "help":
+        shown: int = importlib.import_module("jobs.help").main(given[1:])
+        return shown
+    if verb in ("-h", "--help"):
         print(overview())
         return 0
     if verb == "--version":
@@ -48,14 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"weightmill {version('weightmill')}")
         return 0
-    print(f"weightmill: no such verb: {verb}; known: {', '.join(VERBS)}, completion", file=sys.stderr)
+    from jobs.cli.meant import verb_meant
+
+    print(f"weightmill: {verb_meant(verb, VERBS)}", file=sys.stderr)
     return 2
 
 
 def overview() -> str:
     """Return a list of all verbs, one line each."""
-    rows = [f"  {verb:12} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
-    rows.append(f'  {"completion":12} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
+    rows = [f"  {verb:10} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
+    rows.append(f"  {'help':10} Explain a verb, a group, a choice or a setting: weightmill help quant=nf4.")
+    rows.append(f'  {"completion":10} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
+    rows = [line for row in rows for line in textwrap.wrap(row, 80, subsequent_indent=" " * 13)]
     return "\n".join(["usage: weightmill VERB [key=value ...]   (or python -m jobs.VERB; VERB --help)", "", *rows])
 
 
@@ -63,25 +71,31 @@ def completions(line: str) -> list[str]:
     """Return the completions of a command line's last word: verbs, groups and their options, settings."""
     words = [*line.split()[1:], *([""] if line.endswith(" ") else [])]
     if len(words) <= 1:
-        return [v for v in (*VERBS, "completion") if v.startswith(words[0] if words else "")]
+        return [v for v in (*VERBS, "help", "completion") if v.startswith(words[0] if words else "")]
     if words[0] == "completion":
         return [shell for shell in SHELLS if shell.startswith(words[-1])]
-    if words[0] not in VERBS:
+    is_help = words[0] == "help"
+    if is_help and len(words) > 2 and words[1] in VERBS:
+        words = words[1:]
+    if words[0] not in (*VERBS, "help"):
         return []
-    from jobs.cli.compose import choices_of
-    from jobs.cli.help import settings_of, words_of
+    from jobs.cli.compose import files_of
+    from jobs.cli.help import chosen_settings, default_of, settings_of, words_of
 
-    verb = importlib.import_module(f"jobs.{words[0]}").VERB
+    verb = importlib.import_module(f"jobs.{'run' if words[0] == 'help' else words[0]}").VERB
     word = words[-1]
     group, equals, start = word.partition("=")
-    choices = choices_of(verb.config or verb.name)
+    choices = files_of(verb.config or verb.name)
     if equals:
         *before, last = start.split(",")
         lead = "".join(f"{b}," for b in before)
-        options = choices.get(group) or words_of(verb.spec, group)
+        options = tuple(choices.get(group, ())) or words_of(verb.spec, group) or default_of(verb, words, group)
         return [f"{group}={lead}{option}" for option in options if option.startswith(last)]
-    keys = [f"{key}=" for key in (*choices, *settings_of(verb.spec))]
-    return sorted(key for key in keys if key.startswith(word))
+    settings = settings_of(verb.spec) if is_help else chosen_settings(verb, words)
+    end = "" if is_help else "="
+    names = [f"{group}=" for group in choices] + [f"{key}{end}" for key in settings]
+    names += [*choices, *(VERBS if words[0] == "help" else ())] if is_help else []
+    return sorted(name for name in names if name.startswith(word))
 
 
 def script() -> None:

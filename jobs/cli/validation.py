@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from jobs.cli.choices import with_kind
+from jobs.cli.instead import instead
+from jobs.cli.meant import OPTIONS, key_hint
 from loaders.errors import BadSpec
+from loaders.faults import by_place, expectations, kinds_of, models_of, named
+from loaders.near_misses import WITHOUT, near, plain
 from loaders.places import DEMO
 from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
@@ -21,12 +25,6 @@ from loaders.storage.address import IN_MLFLOW, Address
 from loaders.storage.hub.names import hub_name
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
-# Names that settings have in other tools (bitsandbytes, transformers), for hints in messages.
-SYNONYMS = {
-    "blocksize": "group_size", "block_size": "group_size", "compress_statistics": "double_quant",
-    "bnb_4bit_use_double_quant": "double_quant", "quant_storage": "storage_dtype", "model_path": "path",
-    "torch_dtype": "dtype", "num_workers": "threads", "workers": "threads", "force": "overwrite",
-}  # fmt: skip
 MOVED = {"source.unit_mb": "unit_mb"}  # keys of earlier versions
 S = TypeVar("S", bound=BaseModel)
 
@@ -44,7 +42,8 @@ def check(
         # Strict models take a list for a tuple from JSON only.
         made = spec.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        found += [_problem(spec, values, fault) for fault in error.errors() if fault["input"] != MISSING]
+        faults = [fault for fault in error.errors() if fault["input"] != MISSING]
+        found += [_problem(spec, values, place, mine) for place, mine in by_place(spec, faults)]
     if found:
         raise BadSpec(found)
     return made
@@ -129,57 +128,59 @@ def _markers(field: FieldInfo) -> Iterator[Any]:
         yield from getattr(inner, "__metadata__", ())
 
 
-def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
-    """Describe a fault of pydantic's in one line: where, what is expected, what was found."""
-    location = _without_tags(spec, fault["loc"])
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    kind, found = fault["type"], fault["input"]
-    if not location:  # a fault of the whole model
-        return str(fault["msg"].removeprefix("Value error, "))
+def _problem(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], faults: Sequence[Any]) -> str:
+    """Describe the faults of one place in a line: where, what is expected, what was found, what to type."""
+    name, kind, found = named(place), faults[0]["type"], faults[0]["input"]
+    if not place:  # a fault of the whole model
+        return str(faults[0]["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
-        known = list(_fields(spec, values, location[:-1]))
-        others = [m for m in _at(spec, location[:-1]) if location[-1] in m.model_fields]
-        if location[0] == "verify" and others:
-            [belongs] = get_args(others[0].model_fields["kind"].annotation)
-            return f"{name}: it belongs to verify={belongs}, which was not chosen"
-        if name in MOVED:
-            return f"{name}: unknown key; it is {MOVED[name]} now"
-        meant = SYNONYMS.get(str(location[-1]))
-        hint = f"; did you mean {meant!r}?" if meant in known else near(str(location[-1]), known)
-        return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+        return _unknown(spec, values, place, name)
     if kind == "missing":
         return f"{name}: missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if isinstance(found, dict):  # a fault of several values together, which the message names itself
+    message = expectations(faults)
+    if kind.startswith("union_tag"):
+        wrong = found.get("kind") if isinstance(found, dict) else found
+        return f"{name}.kind: {message}; {name}=NAME chooses one, with its settings; found {json.dumps(wrong)}"
+    if isinstance(found, dict) and kind == "value_error":  # of several values together, which the message names itself
         return f"{name}{'.' if re.match(r'[a-z_]+: ', message) else ': '}{message}"
-    return f"{name}: {message}; found {json.dumps(found, default=str)}"
+    return f"{name}: {message}{instead(name, kind, found, _is_optional(spec, place))}; found {_shown(found)}"
 
 
-def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:
-    """Remove the tags of unions from a fault's location, which pydantic adds: ("quant", "bnb4", "group_size")."""
-    kept: list[Any] = []
-    for part in location:
-        if not (kept and isinstance(part, str) and part in _tags(spec, kept)):
-            kept.append(part)
-    return kept
+def _shown(found: Any) -> str:
+    # JSON has no infinity, which is what a number such as 12e4567 becomes.
+    return str(found) if isinstance(found, float) and not math.isfinite(found) else json.dumps(found, default=str)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models that an annotation allows."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _models(get_args(annotation)[0])
-    elif origin in (Union, UnionType, tuple, list):
-        for inner in get_args(annotation):
-            yield from _models(inner)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], name: str) -> str:
+    """Say that there is no such key: where it belongs, or what was meant."""
+    leaf = str(place[-1])
+    known = [key for key in _fields(spec, values, place[:-1]) if key != "kind"]
+    if name in MOVED:
+        return f"{name}: unknown key; it is {MOVED[name]} now"
+    others = [m for m in _at(spec, place[:-1]) if leaf in m.model_fields]
+    kinds = [kind for model in others for kind in kinds_of(model)]
+    if kinds and len(place) == 2 and (belongs := with_kind(str(place[0]), kinds)):
+        here = ", ".join(known) or "none"
+        return f"{name}: unknown key; it belongs to {place[0]}={'|'.join(belongs)}; known: {here}"
+    if len(place) > 1:
+        why = WITHOUT.get(plain(leaf))
+        hint = f"; {why}" if why else near(leaf, known)
+    else:
+        why = OPTIONS.get(plain(leaf)) or WITHOUT.get(plain(leaf))
+        hint = f"; {why}" if why else key_hint(leaf, [key for key, _ in fields_of(spec)])
+    return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+
+
+def _is_optional(spec: type[BaseModel], place: Sequence[Any]) -> bool:
+    """Whether the value at a place may be null."""
+    models, leaf = _at(spec, place[:-1]), place[-1]
+    fields = [model.model_fields[leaf] for model in models if isinstance(leaf, str) and leaf in model.model_fields]
+    return any(type(None) in get_args(field.annotation) for field in fields)
 
 
 def at_field(annotation: Any) -> list[type[BaseModel]]:
     """Return the models that a field's annotation allows; none for a plain value."""
-    return list(_models(annotation))
+    return list(models_of(annotation))
 
 
 def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
@@ -188,7 +189,7 @@ def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]
     for part in location:
         if isinstance(part, str):
             fields = [m.model_fields[part] for m in models if part in m.model_fields]
-            models = [found for f in fields for found in _models(f.annotation)]
+            models = [found for f in fields for found in models_of(f.annotation)]
     return models
 
 
@@ -198,18 +199,5 @@ def _fields(spec: type[BaseModel], values: Any, location: Sequence[Any]) -> dict
         values = values[part]
     kind = values.get("kind") if isinstance(values, dict) else None
     models = _at(spec, location)
-    chosen = [m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)]
+    chosen = [model for model in models if kind in kinds_of(model)]
     return {name: None for model in chosen or models for name in model.model_fields}
-
-
-def _tags(spec: type[BaseModel], location: Sequence[Any]) -> set[Any]:
-    models = _at(spec, location)
-    if len(models) < 2:
-        return set()
-    return {tag for m in models for tag in get_args(m.model_fields["kind"].annotation)}
-
-
-def near(name: str, known: Sequence[str] | dict[str, Any], phrase: str = "did you mean") -> str:
-    """Return "; did you mean 'this'?" for the closest known name; empty if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; {phrase} {close[0]!r}?" if close else ""

@@ -135,8 +135,6 @@ class Verb(Generic[S]):
             return DONE
         if request.is_sweep:
             return self._sweep(request, as_json)
-        if request.flags:
-            raise BadSpec(f"{request.flags[0]}: unknown option; options are key=value, and --help{self._sweep_hint}")
         # Libraries print to standard output, which must hold nothing but the document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             spec = compose(self.config or self.name, self.spec, request)
@@ -146,16 +144,9 @@ class Verb(Generic[S]):
             said = self.act(spec)
         return say(said, as_json)
 
-    @property
-    def _sweep_hint(self) -> str:
-        return ", -m" if self.can_sweep else ""
-
     def _sweep(self, request: Request, as_json: bool) -> int:
         if self.sweep is None:
             raise BadSpec(f"-m: {self.name} does one thing at a time; only run sweeps")
-        others = [flag for flag in request.flags if flag not in ("-m", "--multirun")]
-        if others:
-            raise BadSpec(f"{others[0]}: unknown option")
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             said = self.sweep(self.config or self.name, request)
         return say(said, as_json)

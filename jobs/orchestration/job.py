@@ -28,11 +28,12 @@ from jobs.planning.targets import TARGET
 from jobs.report import result
 from jobs.report.card import make_card
 from jobs.report.document import make_report
+from jobs.report.loading import loading_lines, loading_of, place_of
 from jobs.report.metrics import quality_metrics
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
-from jobs.tracking.run import NoRun, Recorder, Run
+from jobs.tracking.run import NoRun, Recorder, Run, how_to_open
 from jobs.verification.logits import asked, judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
@@ -361,8 +362,11 @@ def _said(planned: Planned, report: Report, address: str | None, untracked: str)
 
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
+    if address and not address.startswith("http"):
+        lines += [Text(f"its page: {how_to_open(address.partition(' run ')[0])}")]
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
-    shown = [result.findings_text(report.lint)] if report.lint else []
-    let_pass = [Text(f"warning: {w}", style="yellow") for w in report.warnings if w.endswith(": let pass")]
-    text = Group(result.result_text(report), *let_pass, *shown, *lines)
+    warnings = [*planned.target.warnings, *(w for w in report.warnings if w.endswith(": let pass"))]
+    shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
+    loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))
+    text = Group(result.result_text(report), *shown, *lines, *loading)
     return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove)

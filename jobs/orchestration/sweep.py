@@ -220,7 +220,8 @@ class Sweep:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *([whole(page)] if page else []),
+            f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(),
+            *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
@@ -260,6 +261,15 @@ class Sweep:
         status = WRONG if isinstance(outcome, BadSpec) else FAILED
         job = job_document(self._specs[number]) if number in self._specs else None  # what could not even be checked
         return {"status": "failed", "exit_status": status, "problems": problems, "job": job, **about}
+
+    def _places(self) -> list[RenderableType]:
+        """Say where the outputs are: in which folder they lie, or each place if these are several."""
+        done = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, Said) and n in self._specs]
+        parents = dict.fromkeys(self._specs[number].output_address.parent for number in done)
+        where = ", ".join(str(parent) for parent in parents)
+        has_cards = all(self._specs[number].output.card for number in done)
+        how = "; the README.md of each says how to load it" if has_cards else ""
+        return [whole(f"outputs: {where}{how}")] if parents else []
 
     def _page(self) -> str | None:
         """Return the page on which MLflow compares the runs; None if no run is tracked."""

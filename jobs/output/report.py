@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.dtypes import dtype_named
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, WeightmillError
 from loaders.limits import JSON_REPORT, shown
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
@@ -367,6 +367,14 @@ def read_report(output: Address) -> Report:
     if files.find(OUR_REPORT) is None:
         raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
     return Report.from_json(files.read_all(OUR_REPORT, JSON_REPORT), str(output / OUR_REPORT))
+
+
+def warnings_of(output: Address) -> tuple[str, ...]:
+    """Return what was warned of when an output was made; nothing, if its report is not there or cannot be read."""
+    try:
+        return read_report(output).warnings
+    except WeightmillError:
+        return ()
 
 
 def files_named(output: Address) -> set[str]:

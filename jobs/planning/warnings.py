@@ -11,6 +11,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
 from loaders.layouts.diffusers import is_of_diffusers, parts_of
 from loaders.layouts.engines import builds_own_class, wants_stacks
+from loaders.lint import compressed_tensors as compressed_tensors_lint
 from loaders.lint.engines import engine_of
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
@@ -43,6 +44,8 @@ def warnings(
     said += _stopping_cpu_kernel(quantized)
     said += _grown(decisions)
     if scheme.engine == "compressed-tensors":
+        of_schemes = [(d.scheme, d.tensor.dtype.name, d.tensor.role) for d in quantized]
+        said += [finding.warning for finding in compressed_tensors_lint.of_schemes(of_schemes)]
         said += compressed_tensors.warnings(decisions, checkpoint.family)
     if is_of_diffusers(checkpoint):
         said += _of_parts(checkpoint, quantized)

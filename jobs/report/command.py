@@ -10,11 +10,11 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jobs.cli.choices import values_of
 from jobs.cli.compose import files_of
 from jobs.cli.literals import literal
 from jobs.cli.validation import path_keys
@@ -55,7 +55,7 @@ def _model(model: Mapping[str, Any], source: str) -> Iterator[str]:
 
 def _group(group: str, given: Mapping[str, Any], default: Any) -> Iterator[str]:
     """Yield the choice of a group and the settings that differ from it. Defaults are left out, but for the method."""
-    known = {name: _values(path) for name, path in files_of("run")[group].items()}
+    known = {name: values_of(path) for name, path in files_of("run")[group].items()}
 
     def further(name: str) -> dict[str, Any]:
         return {key: value for key, value in given.items() if value != known[name].get(key)}
@@ -94,14 +94,3 @@ def _defaults() -> dict[str, Any]:
     values = yaml.safe_load((CONF / "run.yaml").read_text())
     chosen = [entry for entry in values.pop("defaults") if isinstance(entry, dict)]
     return {**values, **{group: name for entry in chosen for group, name in entry.items()}}
-
-
-@cache
-def _values(path: Path) -> dict[str, Any]:
-    """Read a choice's file over those that its `defaults` name."""
-    values = yaml.safe_load(path.read_text()) or {}
-    base: dict[str, Any] = {}
-    for other in values.pop("defaults", []):
-        if isinstance(other, str) and other != "_self_":
-            base |= _values(path.with_name(f"{other}.yaml"))
-    return {**base, **values}

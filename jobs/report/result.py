@@ -86,11 +86,16 @@ def _interval(quality: Mapping[str, Any], name: str) -> str:
     return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
 
 
-def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Render findings: what it is, what will happen in which engine, what to do."""
-    if not found:
+def findings_text(found: Sequence[Finding | LintFinding], warnings: Sequence[str] = ()) -> RenderableType:
+    """Render findings: what it is, what will happen in which engine, what to do; and warnings below them.
+
+    A warning of the plan that is a finding, too, is shown once.
+    """
+    same = {f"{each.what}: {each.engine} {each.happens}; {each.remedy}" for each in found}
+    others = [Text(f"warning: {warning}", style="yellow") for warning in warnings if warning not in same]
+    if not found and not others:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")
-    return Group(*(_finding(finding) for finding in found))
+    return Group(*(_finding(finding) for finding in found), *others)
 
 
 def _finding(finding: Finding | LintFinding) -> RenderableType:

@@ -21,6 +21,8 @@ from jobs.spec.tracking import TrackingSpec
 from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
+from loaders.faults import sentences
+from loaders.near_misses import unknown_setting
 from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
 from loaders.rules.next_tokens import NextTokens
@@ -373,8 +375,7 @@ class JobSpec(Spec):
             try:
                 rule.rule("", self.quant)
             except ValidationError as error:
-                faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
-                raise ValueError(f"rules[{index}].quant: {'; '.join(faults)}") from None
+                raise ValueError("; ".join(_settings_said(f"rules[{index}].quant", self.quant, error))) from None
         return self
 
     @property
@@ -409,3 +410,15 @@ class JobSpec(Spec):
     def resolved(self) -> dict[str, Any]:
         """Return all settings as JSON values, for records and tracking."""
         return self.model_dump(mode="json")
+
+
+def _settings_said(place: str, quant: Quant, error: ValidationError) -> list[str]:
+    """Say what is wrong with a rule's own settings of the quantization."""
+    faults, spec = error.errors(), type(quant)
+    known = [name for name in spec.model_fields if name not in ("kind", "name")]
+    unknown = [str(fault["loc"][-1]) for fault in faults if fault["type"] == "extra_forbidden"]
+    others = [fault for fault in faults if fault["type"] != "extra_forbidden"]
+    return [
+        *(f"{place}.{name}: {unknown_setting(name, known)}" for name in unknown),
+        *(f"{place}{'.' if re.match('[a-z_]+: ', said) else ': '}{said}" for said in sentences(spec, others)),
+    ]

@@ -54,7 +54,7 @@ class StreamingStrategy(Strategy):
         from loaders.strategies.streaming import LEAST_MB
 
         if budget < LEAST_MB:
-            raise ValueError(f"input should be greater than or equal to {LEAST_MB}")
+            raise ValueError(f"expected at least {LEAST_MB}")
         return budget
 
 
@@ -68,7 +68,7 @@ class RemoteStrategy(Strategy):
         from loaders.strategies.remote import LEAST_MB
 
         if budget < LEAST_MB:
-            raise ValueError(f"input should be greater than or equal to {LEAST_MB}")
+            raise ValueError(f"expected at least {LEAST_MB}")
         return budget
 
 

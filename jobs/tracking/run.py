@@ -357,8 +357,11 @@ class MlflowRun:
 def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
     """Return the page on which MLflow compares runs, or lists those of a sweep if they are more than COMPARED.
 
-    For a local store, it is the command that serves the page, and the page's address.
+    For a store that no server serves, it is the command that does, and by what the sweep's runs are found.
     """
+    uri = without_secrets(spec.uri or default_uri(root))
+    if not uri.startswith("http"):
+        return f"compare: {how_to_open(uri)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
     page = (
         f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
     )
@@ -367,10 +370,15 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
         page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
             f"&searchFilter={quote(mine, safe='')}" if sweep else ""
         )
-    uri = without_secrets(spec.uri or default_uri(root))
-    if uri.startswith("http"):
-        return f"compare: {uri.rstrip('/')}/{page}"
-    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/{page}"
+    return f"compare: {uri.rstrip('/')}/{page}"
+
+
+def how_to_open(uri: str) -> str:
+    """Say how the page of a store is opened that no server serves yet; a database below here is named from here."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and path.is_relative_to(Path.cwd()):
+        uri = f"sqlite:///{path.relative_to(Path.cwd())}"
+    return f"mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000"
 
 
 def here() -> dict[str, str]:

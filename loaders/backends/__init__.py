@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from loaders.backends.devices import NAMES, OTHER_BYTES, Backend, backend, best
 from loaders.errors import BadSpec
+from loaders.near_misses import near
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.scheme import Scheme, searched_on
 
@@ -30,7 +31,7 @@ def kernels_of(backend: str) -> Kernels:
 
         return CpuKernels()
     if backend.partition(":")[0] not in DEVICES:
-        raise BadSpec(f"backend: unknown {backend!r}; known: {', '.join(DEVICES)}")
+        raise BadSpec(f"backend: unknown {backend!r}{near(backend, DEVICES)}; known: {', '.join(DEVICES)}")
     if backend == "mlx":
         from loaders.quantization.kernels.mlx_device import MlxKernels
 

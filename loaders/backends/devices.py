@@ -11,6 +11,7 @@ from typing import Any
 
 from loaders.backends import machine
 from loaders.errors import BadSpec
+from loaders.near_misses import near
 
 NAMES = ("cpu", "cuda", "mps", "mlx")
 # Devices on which a scheme may get other bytes than on the CPU: torch's MPS flushes subnormal numbers.
@@ -83,7 +84,7 @@ def backend(name: str = "auto") -> Backend:
         return Backend("mps", ("mps",), "an Apple GPU, through torch", total, max(0, total - used))
     if name == "mlx":
         return _mlx()
-    raise BadSpec(f"backend: unknown {name!r}; known: {', '.join(NAMES)}, auto")
+    raise BadSpec(f"backend: unknown {name!r}{near(name, NAMES)}; known: {', '.join(NAMES)}, auto")
 
 
 def fed(device: str | None) -> Backend:
@@ -141,7 +142,8 @@ def torch_device(device: str) -> tuple[Any, Any]:
         "meta": lambda: True,
     }
     if kind not in is_there or (index and not index.isdecimal()):
-        raise BadSpec(f"device: unknown {device!r}; known: cpu, cuda, cuda:N, mps, mlx")
+        hint = near(device, ("cpu", "cuda", "mps", "mlx"))
+        raise BadSpec(f"device: unknown {device!r}{hint}; known: cpu, cuda, cuda:N, mps, mlx")
     if not is_there[kind]():
         raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
     return torch, torch.device(device)

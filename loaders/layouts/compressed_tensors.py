@@ -213,9 +213,9 @@ def activations_of(scheme: Scheme) -> dict[str, Any] | None:
 
 
 def warnings(decisions: Sequence[Decision], family: Family) -> list[str]:
-    """Return what transformers 5.23 with compressed-tensors 0.20, or vLLM, do with the output unexpectedly."""
+    """Return what vLLM does with the output unexpectedly; of transformers, `loaders.lint` says it."""
     found = quantized(decisions)
-    return [*_single_experts(decisions, family), *_transformers(found), *_dtypes(found), *_fused(decisions)]
+    return [*_single_experts(decisions, family), *_dtypes(found), *_fused(decisions)]
 
 
 def _single_experts(decisions: Sequence[Decision], family: Family) -> Iterator[str]:
@@ -228,34 +228,15 @@ def _single_experts(decisions: Sequence[Decision], family: Family) -> Iterator[s
         )
 
 
-def _transformers(found: Sequence[Decision]) -> Iterator[str]:
-    experts = {d.scheme for d in found if d.tensor.role == "expert"}
-    if any(isinstance(scheme, CompressedNvfp4) for scheme in experts):
-        yield (
-            "experts in NVFP4: transformers 5.23 loads them without a word and computes wrong numbers (it forgets their"
-            " global scale); vLLM is what runs them"
-        )
-    failing = [scheme for scheme in experts if fails_for_experts(scheme)]
-    if failing:
-        names = ", ".join(sorted({name_of(scheme) for scheme in failing}))
-        yield f"experts in {names}: transformers 5.23 fails to load them (CONVERSION); vLLM is what runs them"
-    if len(experts) > 1:
-        yield "experts in several schemes: transformers 5 takes one scheme for all experts, and loads others wrong"
-    if any(_is_asymmetric(d.scheme) and d.tensor.role != "expert" for d in found):
-        yield (
-            "W4A16_ASYM: transformers 5.23 with compressed-tensors 0.20 stops at the zero points (size mismatch); load"
-            " it with quantization_config=CompressedTensorsConfig(dequantize=True); vLLM loads it as it is"
-        )
-
-
-def _is_asymmetric(scheme: Decoder | None) -> bool:
+def is_asymmetric(scheme: Decoder | None) -> bool:
+    """Whether a scheme's codes have zero points."""
     return isinstance(scheme, PackedInt) and not scheme.symmetric
 
 
 def fails_for_experts(scheme: Decoder | None) -> bool:
     """Whether transformers 5.23 stops at experts in this scheme."""
     is_int8 = isinstance(scheme, RowScaled) and scheme.type == "int"
-    return is_int8 or isinstance(scheme, Fp8Block) or _is_asymmetric(scheme)
+    return is_int8 or isinstance(scheme, Fp8Block) or is_asymmetric(scheme)
 
 
 def name_of(scheme: Decoder | None) -> str:
@@ -270,13 +251,6 @@ def name_of(scheme: Decoder | None) -> str:
 
 
 def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
-    fours = [d.tensor for d in found if isinstance(d.scheme, CompressedNvfp4 | CompressedMxfp4)]
-    others = sorted({tensor.dtype.torch for tensor in fours if tensor.dtype.name != "BF16"})
-    if others:
-        yield (
-            f"FP4 of a {others[0]} model: transformers decompresses to bfloat16, which does not multiply with"
-            f" {others[0]}; load it with dtype=torch.bfloat16"
-        )
     if any(d.tensor.dtype.name == "F16" for d in found if isinstance(d.scheme, CompressedNvfp4)):
         yield (
             "NVFP4 of float16 weights: compressed-tensors computes in float16, where the global scale overflows below a"

@@ -35,6 +35,11 @@ class Finding:
         """Whether no engine of such checkpoints is known to load it, and to compute what it should."""
         return self.level == "fault" and not self.loads_in
 
+    @property
+    def warning(self) -> str:
+        """The finding in one sentence, as a plan warns of it."""
+        return f"{self.what}: {self.engine} {self.happens}; {self.remedy}"
+
     def __str__(self) -> str:
         return f"{self.level}: {self.what}; {self.engine}: {self.happens}; {self.remedy}"
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loaders.architectures.family import load_dtype
 from loaders.checkpoints.name_patterns import fault_of
+from loaders.dtypes import DTYPES
 from loaders.errors import setting
-from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
+from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, is_asymmetric, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.patterns import compiled
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
-from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.words import counted
 
+FLOATS = ("F32", "F16", "BF16")
 BOTH = "vLLM, transformers"
 
 
@@ -37,7 +41,8 @@ def check(subject: Subject) -> Iterator[Finding]:
     yield from _targets(block)
     yield from _ignored(tensors, ignore)
     yield from _fused(subject, tensors)
-    yield from _experts(tensors)
+    dtype = _model_dtype(subject)
+    yield from of_schemes([(r.decode, dtype, r.role) for r in tensors if r.decode is not None])
 
 
 def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
@@ -135,9 +140,13 @@ def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
         return reader.read(scale, 0, scale.size).tobytes()
 
 
-def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
-    schemes = {r.decode for r in tensors if r.role == "expert" and r.decode is not None}
-    for scheme in schemes:
+def of_schemes(found: Sequence[tuple[Any, str, str]]) -> Iterator[Finding]:
+    """Yield what transformers does with tensors, each given as its scheme, the model's dtype and the tensor's role.
+
+    Plans and checks of files both ask this, so that they say the same.
+    """
+    experts = {scheme for scheme, _, role in found if role == "expert"}
+    for scheme in sorted(experts, key=name_of):
         if isinstance(scheme, CompressedNvfp4):
             yield fault(
                 "transformers 5",
@@ -147,6 +156,38 @@ def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
                 loads_in="vLLM",
             )
         elif fails_for_experts(scheme):
-            name = name_of(scheme)
-            what = f"experts are in {name}"
+            what = f"experts are in {name_of(scheme)}"
             yield fault("transformers 5", what, "fails (CONVERSION)", "run it in vLLM", loads_in="vLLM")
+    if len(experts) > 1:
+        yield fault(
+            "transformers 5",
+            "experts are in several schemes",
+            "takes one scheme for all experts, and loads others wrong",
+            "run it in vLLM",
+            loads_in="vLLM",
+        )
+    if any(is_asymmetric(scheme) and role != "expert" for scheme, _, role in found):
+        yield doubt(
+            "transformers 5",
+            "layers have zero points (W4A16_ASYM)",
+            "stops at them (size mismatch; 5.23 with compressed-tensors 0.20)",
+            "load it with quantization_config=CompressedTensorsConfig(dequantize=True); vLLM loads it as it is",
+        )
+    fours = [dtype for scheme, dtype, _ in found if isinstance(scheme, CompressedNvfp4 | CompressedMxfp4)]
+    others = sorted({DTYPES[dtype].torch for dtype in fours if dtype != "BF16"})
+    if others:
+        yield doubt(
+            "transformers",
+            f"FP4 in a {others[0]} model",
+            f"decompresses to bfloat16, which does not multiply with {others[0]}",
+            "load it with dtype=torch.bfloat16",
+        )
+
+
+def _model_dtype(subject: Subject) -> str:
+    """Return the dtype in which transformers loads the model: what config.json says, or that of most plain tensors."""
+    said = load_dtype(subject.config)
+    if said is not None:
+        return said.name
+    plain = Counter(r.dtype.name for r in subject.sources.tensors if r.decode is None and r.dtype.name in FLOATS)
+    return plain.most_common(1)[0][0] if plain else "BF16"

@@ -16,6 +16,8 @@ from loaders.words import counted
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 NO_TOKENIZER = f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)"
 ANY = "every engine"
+# What lacks a file may be the source itself, or have been made of one that lacks it, too.
+PUBLISHED = "from where the model was published"
 EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
 FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
 
@@ -57,7 +59,7 @@ def _names(subject: Subject) -> Iterator[Finding]:
 def _config(subject: Subject) -> Iterator[Finding]:
     source, config = subject.checkpoint.source, subject.config
     if not config:
-        yield fault(ANY, "there is no config.json", "does not know what model this is", "copy it from the source")
+        yield fault(ANY, "there is no config.json", "does not know what model this is", f"add it, {PUBLISHED}")
         return
     if subject.checkpoint.container == "gguf":
         return
@@ -70,7 +72,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
                 "load it once with diffusers",
             )
     elif not config.get("model_type"):
-        yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
+        yield fault(ANY, "config.json has no model_type", "does not know what model this is", f"take it {PUBLISHED}")
     elif subject.checkpoint.family.is_generic and not config.get("auto_map"):
         yield doubt(
             ANY,
@@ -92,14 +94,14 @@ def _config(subject: Subject) -> Iterator[Finding]:
                 "transformers, vLLM",
                 f"config.json's auto_map names code that is not there: {some(missing)}",
                 "fail to load with trust_remote_code",
-                "copy the files from the source",
+                f"add the files, {PUBLISHED}",
             )
     if not any(source.find(name) is not None for name in TOKENIZERS) and text_config(config, "vocab_size"):
         yield doubt(
             ANY,
             NO_TOKENIZER,
             "loads the weights but cannot read text",
-            "copy the tokenizer's files from the source",
+            f"add the tokenizer's files, {PUBLISHED}",
         )
 
 

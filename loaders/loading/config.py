@@ -10,6 +10,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from loaders.backends import DEVICES
 from loaders.errors import BadSpec
+from loaders.faults import named, place_of, sentences
+from loaders.near_misses import meant, near, unknown_setting
 from loaders.presets.base import FloatName, Spec
 from loaders.presets.catalog import DEFAULT, preset
 from loaders.presets.settings import Quant
@@ -46,17 +48,36 @@ class LoadConfig(Spec):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise BadSpec([_said(each) for each in error.errors()]) from None
+            raise BadSpec(_said(error.errors())) from None
         # Both raise BadSpec for names that do not exist, so that bad settings fail before a load begins.
         loader(self.strategy)
         self.quant  # noqa: B018
+
+    # Strict models take a tuple for a tuple alone; a list, or a torch.Size, is as good.
+    @field_validator("layer_filter", mode="before")
+    @classmethod
+    def _filters_are_a_tuple(cls, filters: Any) -> Any:
+        return tuple(filters) if isinstance(filters, list | set | frozenset) else filters
+
+    @field_validator("expected_shapes", mode="before")
+    @classmethod
+    def _shapes_are_tuples(cls, shapes: Any) -> Any:
+        if not isinstance(shapes, Mapping):
+            return shapes
+        return {name: tuple(shape) if isinstance(shape, list | tuple) else shape for name, shape in shapes.items()}
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _device_is_a_name(cls, device: Any) -> Any:
+        # torch's own object for a device stands for its name.
+        return str(device) if type(device).__module__ == "torch" else device
 
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str) -> str:
         kind, _, index = device.partition(":")
         if kind not in DEVICES or (index and not index.isdecimal()):
-            raise ValueError(f"expected one of {', '.join(DEVICES)}, cuda:N")
+            raise ValueError(f"expected one of {', '.join(DEVICES)}, cuda:N{near(device, DEVICES)}")
         return device
 
     @property
@@ -86,13 +107,23 @@ def load_config(config: Mapping[str, Any]) -> LoadConfig:
     return LoadConfig(**config)
 
 
-def _said(fault: Any) -> str:
-    """Say one fault of pydantic's in terms of the config's fields."""
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']}"
-    known = ", ".join(LoadConfig.model_fields)
-    return f"{where}: no such field; known: {known}. A preset's own settings go into settings={{{where!r}: ...}}"
+def _said(faults: Sequence[Any]) -> list[str]:
+    """Say pydantic's faults in terms of the config's fields."""
+    unknown = [named(place_of(LoadConfig, fault["loc"])) for fault in faults if fault["type"] == "extra_forbidden"]
+    others = [fault for fault in faults if fault["type"] != "extra_forbidden"]
+    return [*(f"{name}: {_no_field(name)}" for name in unknown), *sentences(LoadConfig, others)]
+
+
+# Settings of presets, for a message that says where they go.
+SETTINGS = ("group_size", "bits", "axis", "double_quant", "storage_dtype", "compute_dtype", "mode", "file_type", "pure")
+
+
+def _no_field(name: str) -> str:
+    fields = tuple(LoadConfig.model_fields)
+    own = meant(name, SETTINGS)
+    if own is None or meant(name, fields) is not None:
+        return unknown_setting(name, fields)
+    return f"no such setting; a preset's own go into settings={{{own!r}: ...}}"
 
 
 def matches(name: str, filters: str | Sequence[str] | None) -> bool:

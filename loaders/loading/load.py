@@ -87,9 +87,8 @@ def load_weights(
         VerifyFailed: weights are NaN or infinite, or errors exceed the limit.
         StorageError: a file cannot be read.
     """
-    filters = layer_filter if isinstance(layer_filter, str) or layer_filter is None else tuple(layer_filter)
     wanted = None if dtype is None else float_dtype(dtype).torch
-    asked = {"quantize": quantize, "layer_filter": filters, "device": device, "dtype": wanted, **settings}
+    asked = {"quantize": quantize, "layer_filter": layer_filter, "device": device, "dtype": wanted, **settings}
     return load_and_quantize(path, asked)
 
 

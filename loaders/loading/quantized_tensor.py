@@ -16,6 +16,7 @@ from loaders.backends.threads import ThreadedWork
 from loaders.dtypes import DType, Shape, dtype_named, storage_of
 from loaders.errors import BadSpec
 from loaders.loading.resources import shared
+from loaders.near_misses import near
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Scheme
 from loaders.specs import StoredSpec, TensorSpec, WeightSpec
@@ -146,7 +147,8 @@ def float_dtype(dtype: Any) -> DType:
     """
     found = next((d for n in ("F32", "F16", "BF16") for d in (dtype_named(n),) if str(dtype) in _names(d)), None)
     if found is None:
-        raise BadSpec(f"dtype: expected float32, float16 or bfloat16, found {dtype}")
+        hint = near(str(dtype), ("float32", "float16", "bfloat16"))
+        raise BadSpec(f"dtype: expected float32, float16 or bfloat16, found {dtype}{hint}")
     return found
 
 

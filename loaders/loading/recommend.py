@@ -12,10 +12,12 @@ from loaders.backends.devices import NAMES, Backend, backend, best
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.faults import not_positive
 from loaders.layouts import BY_ENGINE, LAYOUTS
 from loaders.layouts.engines import wants_stacks
 from loaders.loading.config import LoadConfig
 from loaders.loading.load import open_weights
+from loaders.near_misses import near
 from loaders.presets.catalog import preset
 from loaders.presets.settings import Quant
 from loaders.quantization.schemes.plain import Plain
@@ -112,8 +114,9 @@ def get_recommended_loader_config(
         BadCheckpoint: the checkpoint is damaged.
     """
     for name, number in (("available_memory_gb", available_memory_gb), ("context_tokens", context_tokens)):
-        if number is not None and number <= 0:
-            raise BadSpec(f"{name}: expected more than 0, found {number}")
+        whole = name == "context_tokens"
+        if number is not None and (wrong := not_positive(name, number, whole=whole)) is not None:
+            raise BadSpec(wrong)
     device = _device(backend, available_memory_gb)
     checkpoint = None if isinstance(model, int) else model if isinstance(model, Checkpoint) else open_weights(model)
     reserve, said = _reserve(checkpoint, device, context_tokens)
@@ -145,7 +148,7 @@ def get_recommended_loader_config(
 
 def _device(name: str, memory_gb: float | None) -> Backend:
     if name not in (*NAMES, "auto"):
-        raise BadSpec(f"backend: unknown {name!r}; known: {', '.join(NAMES)}, auto")
+        raise BadSpec(f"backend: unknown {name!r}{near(str(name), NAMES)}; known: {', '.join(NAMES)}, auto")
     name = best() if name == "auto" else name
     if memory_gb is None:
         return backend(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from loaders.backends import machine
 from loaders.backends.threads import Crew
 from loaders.errors import BadSpec
+from loaders.faults import not_positive
 from loaders.loading.cache import WeightCache
 from loaders.storage.user_cache import default_folder
 
@@ -77,8 +78,8 @@ def configure(
         BadSpec: a number is not positive.
     """
     for name, value in (("workers", workers), ("memory_budget_mb", memory_budget_mb)):
-        if value is not None and value <= 0:
-            raise BadSpec(f"{name}: expected more than 0, found {value}")
+        if value is not None and (wrong := not_positive(name, value, whole=name == "workers")) is not None:
+            raise BadSpec(wrong)
     made = _made(workers, memory_budget_mb, cache_folder)
     with _LOCK:
         _SHARED[:] = [made]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from loaders.errors import BadSpec
+from loaders.faults import not_positive
+from loaders.near_misses import meant, near, unknown_quant, unknown_setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
@@ -81,20 +84,35 @@ class ModelLoadingConfig:
     llama_pro_path: str | Path | None = None
     ignore_unexpected: tuple[str, ...] = ()
 
+    def __new__(cls, **settings: Any) -> ModelLoadingConfig:
+        """Refuse unknown settings in words; Python's own error would not say what was meant."""
+        known = [each.name for each in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise BadSpec([f"{name}: {_no_setting(name, settings[name], known)}" for name in unknown])
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
-        problems = []
+        if type(self.dtype).__module__ == "torch":
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        problems = self._wrong_types()
+        if problems:
+            raise BadSpec(problems)
         if not isinstance(self.strategy, LoadingStrategy):
             known = {each.value: each for each in LoadingStrategy}
             if str(self.strategy).lower() in known:
                 object.__setattr__(self, "strategy", known[str(self.strategy).lower()])
             else:
-                problems.append(f"strategy: unknown {self.strategy!r}; known: {', '.join(known)}")
+                hint = near(str(self.strategy), known)
+                problems.append(f"strategy: unknown {self.strategy!r}{hint}; known: {', '.join(known)}")
         if self.backend not in BACKENDS:
-            problems.append(f"backend: unknown {self.backend!r}; known: {', '.join(BACKENDS)}")
+            # A device's number is no part of a backend.
+            hint = near(self.backend.partition(":")[0], BACKENDS) or near(self.backend, BACKENDS)
+            problems.append(f"backend: unknown {self.backend!r}{hint}; known: {', '.join(BACKENDS)}")
         if isinstance(self.quantize, str) and self.quantize not in SCHEMES:
-            problems.append(f"quantize: unknown {self.quantize!r}; known: {', '.join(SCHEMES)}, or a scheme")
+            problems.append(f"quantize: {_no_scheme(self.quantize)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            problems.append(f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}")
+            problems.append(f"dtype: unknown {self.dtype!r}{near(str(self.dtype), DTYPES)}; known: {', '.join(DTYPES)}")
         if self.decode and self.quantize is not None:
             problems.append("decode: it belongs to quantized weights as floats, quantize to the other way: give one")
         if self.quantize is not None and self.strategy is LoadingStrategy.STREAMING:
@@ -103,14 +121,24 @@ class ModelLoadingConfig:
                 " the next; quantize the checkpoint once and stream that (it is decoded on the way), or give another"
                 " strategy"
             )
-        if self.workers is not None and self.workers < 1:
-            problems.append(f"workers: expected at least 1, found {self.workers}")
-        if self.memory_budget_mb <= 0:
-            problems.append(f"memory_budget_mb: expected more than 0, found {self.memory_budget_mb}")
         if self.llama_pro_blocks and self.llama_pro_path is not None:
             problems.append("llama_pro_path: its blocks are there already; give it or llama_pro_blocks")
         if problems:
             raise BadSpec(problems)
+
+    def _wrong_types(self) -> list[str]:
+        problems = [not_positive("memory_budget_mb", self.memory_budget_mb)]
+        if self.workers is not None:
+            problems.append(not_positive("workers", self.workers, whole=True, least=1))
+        if not isinstance(self.backend, str):
+            problems.append(f"backend: expected one of {', '.join(BACKENDS)}, found {self.backend!r}")
+        if not (self.quantize is None or isinstance(self.quantize, str) or hasattr(self.quantize, "engine")):
+            problems.append(f"quantize: expected a preset's name, such as 'nf4', or a scheme; found {self.quantize!r}")
+        if not (self.max_memory is None or isinstance(self.max_memory, Mapping)):
+            problems.append(f"max_memory: expected such as {{'cpu': '8GB'}}, found {self.max_memory!r}")
+        if isinstance(self.llama_pro_blocks, bool) or not isinstance(self.llama_pro_blocks, int):
+            problems.append(f"llama_pro_blocks: expected a whole number, found {self.llama_pro_blocks!r}")
+        return [problem for problem in problems if problem is not None]
 
     @property
     def scheme(self) -> Scheme | None:
@@ -124,6 +152,30 @@ class ModelLoadingConfig:
             BadSpec: a value is not a size.
         """
         return {device: _bytes(size, device) for device, size in (self.max_memory or {}).items()}
+
+
+def _no_setting(name: str, value: object, known: Sequence[str]) -> str:
+    """Say what to give instead of a setting that there is not."""
+    if name in ("load_in_4bit", "load_in_8bit"):
+        return f"no such setting; give quantize={'nf4' if name == 'load_in_4bit' else 'int8'!r}"
+    if name in ("device", "device_map", "map_location"):
+        where = str(value).partition(":")[0]
+        where = where if where in BACKENDS else meant(where, BACKENDS) or "auto"
+        known = ", ".join(BACKENDS)
+        return f"no such setting; give backend={where!r} (known: {known}), or max_memory to share a model out"
+    return unknown_setting(name, known)
+
+
+def _no_scheme(name: str) -> str:
+    """Say which schemes models are quantized to here; of a preset that is none of them, who makes it."""
+    from loaders.presets.catalog import preset_names
+
+    if name in preset_names():
+        return (
+            f"{name!r} is not one that a model is quantized to as it is loaded; known: {', '.join(SCHEMES)}. A job"
+            " (python -m jobs.run) writes it, and the engine loads that"
+        )
+    return f"{unknown_quant(name, SCHEMES)}, or a scheme"
 
 
 def _bytes(size: int | str, device: str) -> int:

@@ -54,6 +54,8 @@ def load_model_and_tokenizer(
     """
     if backend != "auto":
         settings["backend"] = backend
+    if config is not None and not isinstance(config, ModelLoadingConfig):
+        raise BadSpec(f"config: expected a ModelLoadingConfig, found {config!r:.80}; settings go in as arguments")
     config = replace(config or ModelLoadingConfig(), **settings)
     where = place_of_model(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
     checkpoint = open_checkpoint(where, key="name_or_path")

@@ -9,6 +9,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from loaders.errors import BadSpec
+from loaders.faults import expectations, named, place_of
+from loaders.near_misses import unknown_quant, unknown_setting
 from loaders.places import CONF
 from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
@@ -30,21 +32,27 @@ def preset(name: str, **settings: Any) -> Quant:
         BadSpec: no such preset, no such setting, or a wrong value; all faults at once.
     """
     if name not in preset_names():
-        raise BadSpec(f"quantize: unknown preset {name!r}; known: {', '.join(preset_names())}")
+        raise BadSpec(f"quantize: {_unknown(name)}")
     try:
         return ADAPTER.validate_python({**_values(name), **settings})
     except ValidationError as error:
         raise BadSpec([_problem(name, fault) for fault in error.errors()]) from None
 
 
+def _unknown(name: object) -> str:
+    if name == "auto":
+        return "'auto' is a mix, which only a job (python -m jobs.run) can measure"
+    return unknown_quant(name, preset_names())
+
+
 def _problem(name: str, fault: Any) -> str:
     """Say one fault of pydantic's in terms of the preset."""
-    # The first part of a fault's place is the kind, which pydantic adds for a member of a union.
-    where = ".".join(str(part) for part in fault["loc"][1:])
+    place = place_of(QuantSpec, fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(key for key in type(preset(name)).model_fields if key not in ("kind", "name"))
-        return f"quantize: {name} has no setting {where!r}; it has {known or 'none'}"
-    return f"quantize: {where}{': ' if where else ''}{fault['msg']}"
+        known = [key for key in type(preset(name)).model_fields if key not in ("kind", "name")]
+        return f"quantize: {name}: {place[-1]}: {unknown_setting(str(place[-1]), known)}"
+    found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r:.80}"
+    return f"quantize: {named(place)}{': ' if place else ''}{expectations([fault])}{found}"
 
 
 def preset_values(name: str) -> dict[str, Any] | None:

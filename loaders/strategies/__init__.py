@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 from loaders.errors import BadSpec
+from loaders.near_misses import near, unknown_setting
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.auto import AutoLoader
@@ -67,12 +68,12 @@ def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
     if isinstance(strategy, WeightLoader):
         return strategy
     if strategy not in LOADERS:
-        raise BadSpec(f"strategy: unknown {strategy!r}; known: {', '.join(LOADERS)}")
+        raise BadSpec(f"strategy: unknown {strategy!r}{near(str(strategy), LOADERS)}; known: {', '.join(LOADERS)}")
     made = LOADERS[strategy]
     known = settings_of(made)
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise BadSpec(f"strategy={strategy}: it has no {unknown[0]!r}; known: {', '.join(known) or 'no settings'}")
+        raise BadSpec(f"strategy={strategy}: {unknown[0]}: {unknown_setting(unknown[0], known)}")
     return made(**settings)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from loaders.backends.devices import fed
 from loaders.backends.machine import free_memory
 from loaders.errors import BadSpec
+from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.storage.base import PinnedFiles
@@ -77,8 +78,10 @@ class MultiThreadWeightLoader(WeightLoader):
     def __init__(
         self, max_workers: int | None = None, adaptive_workers: bool = True, min_file_size_per_worker: float = 32.0
     ) -> None:
-        if (max_workers is not None and max_workers < 1) or min_file_size_per_worker <= 0:
-            raise BadSpec("strategy: max_workers and min_file_size_per_worker must be above zero")
+        most = None if max_workers is None else not_positive("strategy.max_workers", max_workers, whole=True)
+        wrong = most or not_positive("strategy.min_file_size_per_worker", min_file_size_per_worker)
+        if wrong is not None:
+            raise BadSpec(wrong)
         self.max_workers = max_workers
         self.adaptive_workers = adaptive_workers
         self.min_file_size_per_worker = min_file_size_per_worker

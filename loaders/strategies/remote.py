@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 
 from loaders.errors import BadSpec
+from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import PieceReader, TensorBytes, Use, WeightLoader
@@ -84,8 +85,8 @@ class RemoteLoader(WeightLoader):
     is_local = False
 
     def __init__(self, memory_budget_mb: float = BUDGET_MB) -> None:
-        if memory_budget_mb < LEAST_MB:
-            raise BadSpec(f"strategy.memory_budget_mb: expected at least {LEAST_MB}, found {memory_budget_mb:g}")
+        if (wrong := not_positive("strategy.memory_budget_mb", memory_budget_mb, least=LEAST_MB)) is not None:
+            raise BadSpec(wrong)
         self.memory_budget_mb = memory_budget_mb
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
@@ -115,8 +116,8 @@ class RunaiLoader(WeightLoader):
     not_for_jobs = "its sessions serve one stream at a time; strategy=multithread reads ranges in parallel"
 
     def __init__(self, batch_mb: float = 256.0) -> None:
-        if batch_mb <= 0:
-            raise BadSpec(f"strategy.batch_mb: expected more than 0, found {batch_mb:g}")
+        if (wrong := not_positive("strategy.batch_mb", batch_mb)) is not None:
+            raise BadSpec(wrong)
         self.batch_mb = batch_mb
 
     @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 
 from loaders.backends.devices import fed
 from loaders.errors import BadSpec
+from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.storage.base import PinnedFiles
@@ -93,8 +94,10 @@ class StreamingWeightLoader(WeightLoader):
     def __init__(
         self, memory_budget_mb: float = 512.0, prefetch_count: int = 2, priority_weights: Iterable[str] = ()
     ) -> None:
-        if memory_budget_mb < LEAST_MB:
-            raise BadSpec(f"strategy.memory_budget_mb: expected at least {LEAST_MB}, found {memory_budget_mb:g}")
+        if (wrong := not_positive("strategy.memory_budget_mb", memory_budget_mb, least=LEAST_MB)) is not None:
+            raise BadSpec(wrong)
+        if isinstance(prefetch_count, bool) or not isinstance(prefetch_count, int):
+            raise BadSpec(f"strategy.prefetch_count: expected a whole number, found {prefetch_count!r}")
         if prefetch_count < 0:
             raise BadSpec(f"strategy.prefetch_count: expected 0 or more, found {prefetch_count}")
         self.memory_budget_mb = memory_budget_mb

@@ -135,4 +135,6 @@ def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
     assert many.startswith("compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&searchFilter=")
     assert many.endswith("tags.%60weightmill.sweep%60%20%3D%20%27sweep-1%27")
     own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
-    assert own.startswith("compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db ")
+    assert own == "compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db, and then http://127.0.0.1:5000"
+    here = compare_page(TrackingSpec(kind="mlflow"), Path.cwd() / "out", [str(n) for n in range(30)], "1", "sweep-1")
+    assert here == f"{own}; the sweep is tags.`weightmill.sweep` = 'sweep-1'"

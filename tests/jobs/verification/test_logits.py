@@ -158,7 +158,7 @@ def test_an_output_that_bitsandbytes_stops_at_on_this_cpu_is_not_begun(
     [
         (("verify.max_kl=0.1",), "verify.max_kl: it belongs to verify=logits, which was not chosen"),
         (("objective=[quality/kl]",), "objective: quality/kl is measured with verify=logits"),
-        (("verify=logits", "verify.min_top1=2"), "verify.min_top1: input should be less than or equal to 1"),
+        (("verify=logits", "verify.min_top1=2"), "verify.min_top1: expected at most 1"),
         (("verify=logits", "verify.window=5000"), "verify.window: expected at most half of verify.tokens=8192"),
     ],
 )

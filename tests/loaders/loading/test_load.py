@@ -285,7 +285,7 @@ def test_a_config_is_strict(source: Path) -> None:
     assert "quantise" in said
     assert "device" in said
     assert "max_relative_error" in said
-    with pytest.raises(BadSpec, match="unknown preset 'nf5'; known: fp4"):
+    with pytest.raises(BadSpec, match="unknown 'nf5'; did you mean 'nf4'\\?; known: fp4"):
         load_weights(source, "nf5")
     with pytest.raises(BadSpec, match="group_size"):
         load_weights(source, "nf4", settings={"group_size": 63})

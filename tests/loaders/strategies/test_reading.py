@@ -108,7 +108,7 @@ def test_small_files_get_few_workers(tmp_path: Path) -> None:
     by = MultiThreadWeightLoader(max_workers=3, adaptive_workers=False, min_file_size_per_worker=0.001)
     by.load_weights(tmp_path / "m")
     assert by.workers_said == "3 threads"
-    with pytest.raises(BadSpec, match="must be above zero"):
+    with pytest.raises(BadSpec, match="expected more than 0"):
         MultiThreadWeightLoader(max_workers=0)
 
 
