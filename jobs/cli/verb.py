@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -162,8 +163,13 @@ def reach_stores(spec: BaseModel) -> None:
 
 
 def note(text: str) -> None:
-    """Print a note for the user on standard error."""
-    console(sys.stderr).print(without_secrets(text), soft_wrap=True)
+    """Print a note for the user on standard error; on a terminal its lines end between words."""
+    to = console(sys.stderr)
+    text = without_secrets(text)
+    if to.is_terminal:
+        style: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        text = "\n".join(part for line in text.splitlines() for part in wrap(line, to.width, **style))
+    to.print(text, soft_wrap=True)
 
 
 def show(text: RenderableType) -> None:

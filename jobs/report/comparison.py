@@ -126,7 +126,7 @@ class Comparison:
         self.differing = differing(jobs)
         known = [column for column in COLUMNS if any(column.metric in job.metrics for job in jobs)]
         # What the jobs are compared by comes first, since the last columns are left out where a terminal is narrow.
-        self._columns = sorted(known, key=lambda column: (column.metric != BITS, column.metric != error))
+        self._columns = sorted(known, key=lambda column: (column.metric != BITS, not column.metric.startswith(error)))
 
     def lines(self) -> list[RenderableType]:
         """Return the table, the Pareto front, and the tensors that differ most, for a terminal."""

@@ -73,16 +73,15 @@ def job_document(spec: JobSpec) -> dict[str, Any]:
 
 
 def _let_pass(tensors: Sequence[ReportedTensor]) -> list[str]:
-    """Return warnings about tensors with NaN or infinities that verify.allow_nonfinite accepted."""
-    said = []
-    for tensor in tensors:
-        error = tensor.sums
-        if error.nonfinite:
-            taken = (
-                f", and {error.nonfinite_decoded} more that share a scale with them" if error.nonfinite_decoded else ""
-            )
-            said.append(f"{tensor.name}: {error.nonfinite} weights are NaN or infinite in the source{taken}: let pass")
-    return said
+    """Return a warning about all tensors with NaN or infinities that verify.allow_nonfinite accepted."""
+    found = [tensor for tensor in tensors if tensor.sums.nonfinite]
+    if not found:
+        return []
+    total = sum(tensor.sums.nonfinite for tensor in found)
+    more = sum(tensor.sums.nonfinite_decoded for tensor in found)
+    taken = f", and {more} more that share a scale with them" if more else ""
+    who = found[0].name if len(found) == 1 else f"{len(found)} tensors ({found[0].name} first)"
+    return [f"{who}: {total} weights are NaN or infinite in the source{taken}: let pass"]
 
 
 def source_of(plan: Plan) -> ReportedSource:

@@ -7,6 +7,7 @@ its engine.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -330,6 +331,17 @@ def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality:
     if not faults:
         text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
         return Said(document, Group(text, *shown))
-    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}", *(f"  {fault}" for fault in faults[:SHOWN])]
-    lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
+    causes = by_cause(faults)
+    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}", *(f"  {cause}" for cause in causes[:SHOWN])]
+    lines += [f"  ... and {len(causes) - SHOWN} more"] if len(causes) > SHOWN else []
+    lines += ["  format=json lists all"] if len(lines) <= len(faults) else []
     return Said(document, Group(*lines, *shown), FAILED)
+
+
+def by_cause(faults: Sequence[str]) -> list[str]:
+    """Return a line for each cause of faults: what is wrong with several tensors is said of the first, and counted."""
+    found: dict[str, list[str]] = {}
+    for fault in faults:
+        _, its, what = fault.rpartition(": its ")
+        found.setdefault(re.sub(r"\d[\d.e+-]*", "", what) if its else fault, []).append(fault)
+    return [same[0] if len(same) == 1 else f"{same[0]} (and {len(same) - 1} more alike)" for same in found.values()]

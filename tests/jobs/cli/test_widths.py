@@ -21,10 +21,11 @@ from jobs.benchmarks.busy_machine import Busy
 from jobs.benchmarks.table import cases_said
 from jobs.benchmarks.timing import Case
 from jobs.cli.console import ALL_COLUMNS, console
-from jobs.cli.verb import Said
+from jobs.cli.verb import Said, note
 from jobs.output.report import read_report
 from jobs.report.comparison import ComparedJob, Comparison
 from jobs.report.result import result_text
+from jobs.verification.output import by_cause
 from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.conftest import Ran
@@ -124,6 +125,31 @@ def test_the_ends_of_jobs_sweeps_and_benchmarks_fit(made: Path, monkeypatch: pyt
             said = printed(what, width, monkeypatch)
             assert long_lines(said, width) == []
             assert numbers_of(said) <= numbers_of(whole)
+
+
+def test_notes_end_between_words_on_a_terminal_and_are_whole_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "  demo: a-job-of-a-very-long-name/that-is-longer/than-a-line, another-job, and 123,456,789.25 of others"
+    monkeypatch.setenv("COLUMNS", "40")
+    note(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    note(text)
+    said = capsys.readouterr().err
+    assert said.split() == text.split()
+    assert max(map(len, said.splitlines())) == len("  a-job-of-a-very-long-name/that-is-longer/than-a-line,")
+
+
+@pytest.mark.quick
+def test_faults_of_one_cause_are_one_line() -> None:
+    faults = [f"a.safetensors: layers.{n}.w: its bytes are not those that were written" for n in range(90)]
+    faults += [f"layers.{n}.w: its error is 0.{n}5e-3, not what was recorded" for n in range(3)]
+    assert by_cause([*faults, "b.safetensors is gone"]) == [
+        "a.safetensors: layers.0.w: its bytes are not those that were written (and 89 more alike)",
+        "layers.0.w: its error is 0.05e-3, not what was recorded (and 2 more alike)",
+        "b.safetensors is gone",
+    ]
 
 
 def test_memory_is_shown_as_kubectl_top_would_show_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
