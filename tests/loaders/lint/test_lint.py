@@ -126,7 +126,11 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
         ("w8a8", lambda c: c["quantization_config"]["ignore"].append("re:(a"), "'(a' is no regular expression"),
         ("mlx_int4", lambda c: c.pop("quantization"), "has quantization_config and no quantization"),
         ("mlx_int4", lambda c: c.pop("tie_word_embeddings"), "does not say tie_word_embeddings"),
-        ("mlx_int4", lambda c: c.update(rope_parameters={"rope_theta": c.pop("rope_theta", 1e4)}), "rope_theta stands"),
+        (
+            "mlx_int4",
+            lambda c: c.update(rope_parameters={"rope_theta": c.pop("rope_theta", 1e4) * 2}),
+            "rope_theta stands",
+        ),
         (
             "mlx_int4",
             lambda c: c["quantization"].update({"model.norm": {"bits": 8, "group_size": 64}}),
