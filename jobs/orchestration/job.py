@@ -21,13 +21,14 @@ from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
-from jobs.output.publish import complete, is_published, publish, put_card, written_headers
+from jobs.output.publish import complete, is_published, publish, put_card, put_page, written_headers
 from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
 from jobs.report import result
 from jobs.report.card import make_card
 from jobs.report.document import make_report
 from jobs.report.metrics import quality_metrics
+from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
@@ -166,6 +167,7 @@ class Job:
         )
         if has_card:
             report = self._put_card(report)
+        report = put_page(journal, report, make_page(report, planned.plan, planned.target, journal.output))
         headers = written_headers(planned.target.finals, report.tensors)
         check_finished(planned.plan, report, journal.destination.files, headers)
         # A unit looks at its own files; those of units that were done before may have changed since.
