@@ -31,8 +31,9 @@ from jobs.report.metrics import quality_metrics
 from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
-from jobs.tracking.job_run import open_job_run, track_job
-from jobs.tracking.run import NoRun, Recorder, Run
+from jobs.tracking.job_run import facts, open_job_run, track_job
+from jobs.tracking.recorder import Recorder
+from jobs.tracking.run import NoRun, Run
 from jobs.verification.logits import judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
@@ -91,7 +92,7 @@ class Job:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
         # The run is opened before any work, so that MLflow shows a job that fails early, or is killed.
         self.run = open_job_run(
-            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number,
+            spec, self.planned.plan, self.planned.target, journal, recorder, sweep=self.sweep, number=self.number,
             is_published=self.is_whole,
         )  # fmt: skip
         if self.is_whole:
@@ -142,8 +143,17 @@ class Job:
             self.report = self._publish(done)
         planned = self.planned
         if self.run.is_tracked:
-            plan = plan_document(planned.spec, planned.plan, planned.target, notes_of(planned))
-            track_job(self.run, planned.spec, planned.target, planned.journal.output, self.report, plan)
+            output = planned.journal.output
+            track_job(
+                self.run,
+                planned.spec,
+                planned.target,
+                output,
+                self.report,
+                plan_document(planned.spec, planned.plan, planned.target, notes_of(planned)),
+                facts(planned.spec, planned.plan, planned.target),
+                make_page(self.report, planned.plan, planned.target, output),
+            )
         self.run.end("FINISHED")
 
     def _publish(self, whole: Pass) -> Report:

@@ -25,7 +25,7 @@ from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
 from jobs.report import plan
 from jobs.spec.job import ClusterSpec, JobSpec
-from jobs.tracking.run import Recorder
+from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, max_open_files
 from loaders.backends.memory import PeakMemory, no_collection, spared
@@ -245,11 +245,17 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
+    counts = {job.run.count for job in alive}  # of a sweep's jobs all the same one
+
+    def count(size: int) -> None:
+        for each in counts:
+            each(size)
+
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
     specs = [spec for task in tasks for tensor in task.unit.tensors for _, spec in tensor.stored]
     with (
         strategy.ahead(jobs[0].planned.plan.checkpoint.source, specs) if cluster.is_local else nullcontext(),
-        closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes,
+        closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks), count)) as outcomes,
     ):
         for outcome in outcomes:
             read += _take(outcome, by_task[outcome.unit], by_number)

@@ -14,7 +14,7 @@ from loaders.words import shown
 
 WIDTH = 760
 FONT = 12  # pixels; a letter of the usual sans-serif fonts is at most LETTER wide on average
-LETTER = 6.9
+LETTER = 7.4
 LONGEST = 48  # letters of a label; a longer one is shortened in its middle, and whole in its tooltip
 ROW, TOP, BOTTOM, GAP = 34, 26, 40, 10
 GRAY, BLUE = "#9a9a9a", "#2f6db3"
@@ -107,10 +107,10 @@ def grid(cells: dict[tuple[int, str], float], said: str) -> str:
             if (value := cells.get((layer, module))) is None:
                 continue
             share = (value - low) / (high - low or 1.0)
-            at = left + column * wide
+            at, title = left + column * wide, _title(f"layer {layer}, {module}: {value:.2f} {said}")
             drawn.append(
                 f'<rect x="{at:.1f}" y="{TOP + row * 22}" width="{wide:.1f}" height="22" fill="{BLUE}"'
-                f' fill-opacity="{0.12 + 0.88 * share:.2f}">{_title(f"layer {layer}, {module}: {value:.2f} {said}")}</rect>'
+                f' fill-opacity="{0.12 + 0.88 * share:.2f}">{title}</rect>'
             )
             if len(layers) <= MANY_LAYERS and wide > 22:
                 color = ' fill="#fff"' if share > 0.5 else ""
@@ -128,7 +128,8 @@ class _Frame:
     """The axes of a chart: where values lie, and the drawn lines, ticks and titles."""
 
     def __init__(
-        self, xs: tuple[float, float], ys: tuple[float, float], x: str, y: str, *, height: int, whole: bool, is_log: bool
+        self, xs: tuple[float, float], ys: tuple[float, float], x: str, y: str, *, height: int, whole: bool,
+        is_log: bool,
     ) -> None:  # fmt: skip
         self.height = height
         self._xs, self._ys, self._log = xs, ys, is_log

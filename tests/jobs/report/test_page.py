@@ -118,7 +118,7 @@ def test_labels_are_not_cut() -> None:
         root = ElementTree.fromstring(svg)
         _, _, width, height = map(float, root.attrib["viewBox"].split())
         for text in root.iter("{http://www.w3.org/2000/svg}text"):
-            at, wide = float(text.attrib["x"]), len(text.text or "") * 6.9 * float(text.attrib["font-size"]) / 12
+            at, wide = float(text.attrib["x"]), len(text.text or "") * 7.4 * float(text.attrib["font-size"]) / 12
             left = at - {"start": 0.0, "middle": wide / 2, "end": wide}[text.attrib["text-anchor"]]
             assert left >= -1, text.text
             assert left + wide <= width + 1, text.text
