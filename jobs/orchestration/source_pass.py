@@ -25,6 +25,7 @@ from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
 from jobs.report import plan
 from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, max_open_files
@@ -60,6 +61,8 @@ def run_job(spec: JobSpec) -> Said:
     """
     spec = mixed(spec)
     planned = plan_job(spec)
+    if spec.tracking.kind == "mlflow":
+        warm()
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
         planned = asked.settled()
@@ -85,6 +88,8 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
         except WeightmillError as error:
             found[number] = error
     planned = {number: plan for number, plan in found.items() if isinstance(plan, Planned)}
+    if any(each.spec.tracking.kind == "mlflow" for each in planned.values()):
+        warm()
     with engine_check.asking(list(planned.values())) as asked:
         for number, each in zip(planned, asked, strict=True):
             try:

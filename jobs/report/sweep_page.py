@@ -43,12 +43,12 @@ def _source(compared: Comparison, links: Mapping[str, str]) -> Iterator[str]:
     if (drawn := size_and_error(compared.jobs, compared.front, compared.error)) is not None:
         yield html.figure(f"Size and {error}; the line is the Pareto front", drawn)
     if differing := compared.differing[:SHOWN_TENSORS]:
-        cells = [
+        listed = [
             (code(row["tensor"]), f"{row['ratio']:.2f}", f"{row['errors'][row['least']]:.5f}", row["least"],
              f"{row['errors'][row['most']]:.5f}", row["most"])
             for row in differing
         ]  # fmt: skip
-        yield html.table(("tensors that differ most", "-times", "-least error", "of", "-most error", "of"), cells)
+        yield html.table(("tensors that differ most", "-times", "-least error", "of", "-most error", "of"), listed)
 
 
 def _name(job: ComparedJob, links: Mapping[str, str]) -> str:

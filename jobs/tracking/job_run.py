@@ -30,7 +30,8 @@ from loaders.storage.hashes import text_digest
 from loaders.words import shown
 
 CHOSEN = "quant.chosen."  # the mix, which lists every tensor: too long for parameters, it is logged as an artifact
-ENGINES = {"ggml": "llama.cpp", "mlx": "mlx-lm"}  # schemes' names of engines that are known by others
+# Names of schemes' engines, and of layouts where nothing is quantized, that are known by others.
+ENGINES = {"ggml": "llama.cpp", "gguf": "llama.cpp", "mlx": "mlx-lm", "hf": "transformers"}
 LONGEST = 200  # characters of a stranger's text in a tag
 
 
@@ -65,8 +66,9 @@ def facts(spec: JobSpec, plan: Plan, target: TargetPlan) -> dict[str, str]:
 
     `bits` are whole bits of a quantized weight, without its share of scales; of all weights if none is quantized.
     """
-    quantized = [d for d in target.decisions if d.action == "quantize"] or [*target.decisions]
-    engines = sorted({d.scheme.engine for d in quantized if d.scheme is not None})
+    quantized = [d for d in target.decisions if d.action == "quantize"]
+    engines = sorted({d.scheme.engine for d in quantized if d.scheme is not None}) or [target.target.layout.name]
+    quantized = quantized or [*target.decisions]
     sizes = output_sizes(target)
     stored = sum(sizes.get(d.tensor.name, 0) for d in quantized)
     weights = sum(math.prod(d.tensor.shape) for d in quantized if d.tensor.name in sizes)
@@ -74,7 +76,7 @@ def facts(spec: JobSpec, plan: Plan, target: TargetPlan) -> dict[str, str]:
     return {
         "model": shown(spec.model_name)[:LONGEST],
         "model_type": shown(model_type)[:LONGEST] if isinstance(model_type, str) else "unknown",
-        "engine": ENGINES.get(engines[0], engines[0]) if engines else target.target.layout.name,
+        "engine": ENGINES.get(engines[0], engines[0]),
         "container": target.target.container.name,
         "quant": spec.quant.name,
         "bits": str(stored * 8 // max(1, weights)),

@@ -1,4 +1,6 @@
-"""One run of MLflow, and its client. This is the only file that imports mlflow, and only if tracking is enabled.
+"""One run of MLflow, which a thread logs to beside the work, and its client.
+
+This is the only file that imports mlflow, and only if tracking is enabled.
 
 Only the driver talks to MLflow. Runs are opened and closed through the client, so that a job that failed or was
 stopped is recorded as such; the module-level API would close it as finished when the process ends.
@@ -12,13 +14,17 @@ import os
 import re
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.spec.tracking import TrackingSpec
+from loaders.errors import StorageError
 from loaders.storage.address import Address, without_secrets
 
 if TYPE_CHECKING:
@@ -64,6 +70,93 @@ class Opening:
     began: float
     sources: Sequence[Source] = ()
     is_published: bool = False
+
+
+class BackgroundRun:
+    """A run whose calls are executed in order by the recorder's thread, which ends with it if it `is_alone`."""
+
+    is_tracked = True
+
+    def __init__(
+        self, spec: TrackingSpec, root: Path, opening: Opening, recorder: Recorder, *, is_alone: bool
+    ) -> None:  # fmt: skip
+        self._recorder = recorder
+        self._is_alone = is_alone
+        self.count = recorder.count
+        self._errors: list[BaseException] = []
+        self._last: Future[None] | None = None
+
+        def opened() -> MlflowRun:
+            client, uri, experiment = recorder.store(spec, root)
+            return MlflowRun(recorder, client, uri, experiment, opening)
+
+        self._opened: Future[MlflowRun] = recorder.pool.submit(opened)
+
+    def check(self) -> None:
+        if self._opened.done() and (failed := self._opened.exception()) is not None:
+            raise StorageError(f"tracking.uri: cannot be used ({first_line(failed)}); tracking=none runs without")
+
+    def _later(self, method: str, *arguments: Any) -> None:
+        def call() -> None:
+            if self._opened.exception() is None and not self._errors and not self._opened.result().is_finished:
+                try:
+                    getattr(self._opened.result(), method)(*arguments)
+                # Stores raise errors of many libraries, and none of them may end a job whose work goes well. The first
+                # one is reported when the run is closed.
+                except Exception as error:
+                    self._errors.append(error)
+
+        self._last = self._recorder.pool.submit(call)
+
+    @property
+    def address(self) -> str | None:
+        return self._opened.result().address if self._opened.exception() is None else None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._opened.result().run_id if self._opened.exception() is None else None
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self._later("metrics", dict(values))
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        self._later("series", name, list(values))
+
+    def texts(self, made: Callable[[], Mapping[str, str]]) -> None:
+        self._later("texts", made)
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        self._later("figures", draw)
+
+    def document(self, name: str, value: Any) -> None:
+        self._later("document", name, value)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._later("table", name, columns)
+
+    def describe(self, text: str | Callable[[str], str]) -> None:
+        self._later("describe", text)
+
+    def output(self, name: str, address: str, params: Mapping[str, str], register: str | None) -> None:
+        self._later("output", name, address, dict(params), register)
+
+    def view(self, key: str, state: Mapping[str, Any]) -> None:
+        self._later("view", key, state)
+
+    def end(self, status: str) -> None:
+        self._later("close", status)
+
+    def close(self, status: str | None = None) -> None:
+        """Close the run as `Run.close`."""
+        if status is not None:
+            self.end(status)
+        if self._last is not None:
+            self._last.result()
+        if self._is_alone:
+            self._recorder.close()
+        failed = self._opened.exception() or (self._errors[0] if self._errors else None)
+        if failed is not None:
+            raise StorageError(f"tracking: not everything was logged: {first_line(failed)}") from failed
 
 
 class MlflowRun:
@@ -220,7 +313,16 @@ def here() -> dict[str, str]:
     return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
 
 
+def warm() -> None:
+    """Import MLflow beside what the caller does next; it takes most of a second."""
+    threading.Thread(target=_client_class, name="mlflow-import").start()
+
+
 def mlflow_client(uri: str) -> Any:
+    return _client_class()(uri)
+
+
+def _client_class() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -230,7 +332,7 @@ def mlflow_client(uri: str) -> Any:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    return MlflowClient(uri)
+    return MlflowClient
 
 
 def system_monitor(run_id: str, uri: str) -> Any:

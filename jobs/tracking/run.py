@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.spec.addresses import check_reachable
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import MlflowRun, Opening, Source, first_line
+from jobs.tracking.mlflow_run import BackgroundRun, Opening, Source
 from jobs.tracking.recorder import Recorder
-from loaders.errors import StorageError
 
 
 class Run(Protocol):
@@ -129,89 +127,4 @@ def open_run(
     opening = Opening(
         name=name, params=params, tags=tags, key=key, began=time.time(), sources=sources, is_published=is_published
     )
-    return BackgroundRun(spec, root, opening, recorder)
-
-
-class BackgroundRun:
-    """A run whose calls are executed in order by the recorder's thread."""
-
-    is_tracked = True
-
-    def __init__(self, spec: TrackingSpec, root: Path, opening: Opening, recorder: Recorder | None) -> None:
-        self._own = Recorder() if recorder is None else None
-        self._recorder = recorder or self._own or Recorder()
-        self.count = self._recorder.count
-        self._errors: list[BaseException] = []
-        self._last: Future[None] | None = None
-
-        def opened() -> MlflowRun:
-            client, uri, experiment = self._recorder.store(spec, root)
-            return MlflowRun(self._recorder, client, uri, experiment, opening)
-
-        self._opened: Future[MlflowRun] = self._recorder.pool.submit(opened)
-
-    def check(self) -> None:
-        if self._opened.done() and (failed := self._opened.exception()) is not None:
-            raise StorageError(f"tracking.uri: cannot be used ({first_line(failed)}); tracking=none runs without")
-
-    def _later(self, method: str, *arguments: Any) -> None:
-        def call() -> None:
-            if self._opened.exception() is None and not self._errors and not self._opened.result().is_finished:
-                try:
-                    getattr(self._opened.result(), method)(*arguments)
-                # Stores raise errors of many libraries, and none of them may end a job whose work goes well. The first
-                # one is reported when the run is closed.
-                except Exception as error:
-                    self._errors.append(error)
-
-        self._last = self._recorder.pool.submit(call)
-
-    @property
-    def address(self) -> str | None:
-        return self._opened.result().address if self._opened.exception() is None else None
-
-    @property
-    def run_id(self) -> str | None:
-        return self._opened.result().run_id if self._opened.exception() is None else None
-
-    def metrics(self, values: Mapping[str, float]) -> None:
-        self._later("metrics", dict(values))
-
-    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
-        self._later("series", name, list(values))
-
-    def texts(self, made: Callable[[], Mapping[str, str]]) -> None:
-        self._later("texts", made)
-
-    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
-        self._later("figures", draw)
-
-    def document(self, name: str, value: Any) -> None:
-        self._later("document", name, value)
-
-    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        self._later("table", name, columns)
-
-    def describe(self, text: str | Callable[[str], str]) -> None:
-        self._later("describe", text)
-
-    def output(self, name: str, address: str, params: Mapping[str, str], register: str | None) -> None:
-        self._later("output", name, address, dict(params), register)
-
-    def view(self, key: str, state: Mapping[str, Any]) -> None:
-        self._later("view", key, state)
-
-    def end(self, status: str) -> None:
-        self._later("close", status)
-
-    def close(self, status: str | None = None) -> None:
-        """Close the run as `Run.close`."""
-        if status is not None:
-            self.end(status)
-        if self._last is not None:
-            self._last.result()
-        if self._own is not None:
-            self._own.close()
-        failed = self._opened.exception() or (self._errors[0] if self._errors else None)
-        if failed is not None:
-            raise StorageError(f"tracking: not everything was logged: {first_line(failed)}") from failed
+    return BackgroundRun(spec, root, opening, recorder or Recorder(), is_alone=recorder is None)

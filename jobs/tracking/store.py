@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.reading import OpenedStore, lacks_file
 from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri
+from jobs.tracking.reading import OpenedStore, lacks_file
 from jobs.tracking.recorder import BEAT_S
 from loaders.errors import BadSpec
 
