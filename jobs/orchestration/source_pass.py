@@ -62,7 +62,7 @@ def run_job(spec: JobSpec) -> Said:
     spec = mixed(spec)
     planned = plan_job(spec)
     if spec.tracking.kind == "mlflow":
-        warm()
+        warm(spec.tracking.uri)
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
         planned = asked.settled()
@@ -88,8 +88,8 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
         except WeightmillError as error:
             found[number] = error
     planned = {number: plan for number, plan in found.items() if isinstance(plan, Planned)}
-    if any(each.spec.tracking.kind == "mlflow" for each in planned.values()):
-        warm()
+    for uri in {each.spec.tracking.uri for each in planned.values() if each.spec.tracking.kind == "mlflow"}:
+        warm(uri)
     with engine_check.asking(list(planned.values())) as asked:
         for number, each in zip(planned, asked, strict=True):
             try:

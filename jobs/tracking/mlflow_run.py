@@ -8,6 +8,7 @@ stopped is recorded as such; the module-level API would close it as finished whe
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -313,9 +314,17 @@ def here() -> dict[str, str]:
     return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
 
 
-def warm() -> None:
-    """Import MLflow beside what the caller does next; it takes most of a second."""
-    threading.Thread(target=_client_class, name="mlflow-import").start()
+def warm(uri: str | None) -> None:
+    """Import MLflow beside what the caller does next; it takes more than a second, half of it for databases."""
+    threading.Thread(target=_imported, args=(uri is None or not uri.startswith("http"),), name="mlflow-import").start()
+
+
+def _imported(for_databases: bool) -> None:
+    # What is wrong with it is said where it is used.
+    with suppress(ImportError):
+        _client_class()
+        if for_databases:
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 def mlflow_client(uri: str) -> Any:
