@@ -2,9 +2,9 @@
 
     python -m tests.output_hashes FOLDER [--keep]
 
-prints one line per output: the hash of all its files except weightmill.json (which has times and paths) and README.md
-(the card, which is prose about them), and the hash of weightmill.json's data without what may differ from run to run.
-FOLDER keeps the reports as `NAME.json`, so that two runs can be compared key by key.
+prints one line per output: the hash of all its files except weightmill.json (which has times and paths), README.md
+and report.html (which are prose about them), and the hash of weightmill.json's data without what may differ from run to
+run. FOLDER keeps the reports as `NAME.json`, so that two runs can be compared key by key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from loaders.places import ROOT
 
-REPORT, CARD = "weightmill.json", "README.md"
+REPORT, CARD, PAGE = "weightmill.json", "README.md", "report.html"
 VOLATILE = ("format", "run", "versions", "damage")  # the damage is a sum of what else stands there
 FURTHER = {  # settings that change which code writes: name -> arguments
     "nf4-double": ["quant=nf4", "quant.double_quant=true"],

@@ -54,7 +54,7 @@ LAYERS = [
 ENTER_BY = {
     "hydra": ["jobs/cli/compose.py"],
     "ray": ["jobs/execution/ray_cluster.py"],
-    "mlflow": ["jobs/tracking/run.py"],
+    "mlflow": ["jobs/tracking/mlflow_run.py"],
     "huggingface_hub": [
         "loaders/models/hub_cache.py",
         "loaders/storage/hub/branch.py",
@@ -215,6 +215,7 @@ OPENS_PATHS = {
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
     "jobs/orchestration/compare.py": "a comparison, written for a person",
+    "jobs/orchestration/sweep.py": "a sweep's page, written for a person",
     "jobs/report/command.py": "conf/",
     "jobs/tracking/": "MLflow's database and files, and .git",
     "jobs/verification/logits.py": "a text of a person's",

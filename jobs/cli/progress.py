@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,12 +25,14 @@ LINE_S = 10.0
 class Meter:
     """A progress display, which any thread may add to while it is open. It counts bytes, or another `unit`.
 
-    What stores that are not local have given and taken meanwhile is shown beside it.
+    What stores that are not local have given and taken meanwhile is shown beside it. `also` is told of each count, by
+    one thread at a time.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
+    def __init__(self, what: str, total: int, unit: str = "bytes", also: Callable[[int], None] | None = None) -> None:
         self._what = what
         self._unit = unit
+        self._also = also
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
@@ -84,6 +87,8 @@ class Meter:
         """Add to the count; `count` is negative if an attempt failed and starts again."""
         with self._lock:
             self._done += count
+            if self._also is not None:
+                self._also(count)
             if self._bar:
                 self._bar.update(self._task, completed=self._done)
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 from jobs.cli.progress import Meter
@@ -11,11 +11,12 @@ from loaders.errors import StorageError
 
 
 def run_tasks(
-    cluster: Cluster, tasks: Sequence[Task[R_co]], doing: str, work_bytes: int
-) -> Generator[R_co | UnitFailed]:
+    cluster: Cluster, tasks: Sequence[Task[R_co]], doing: str, work_bytes: int,
+    also: Callable[[int], None] | None = None,
+) -> Generator[R_co | UnitFailed]:  # fmt: skip
     """Run tasks and yield outcomes as units finish, with a progress display of `work_bytes`.
 
-    Closing the generator stops running units.
+    `also` is told of the bytes, too, by one thread at a time. Closing the generator stops running units.
 
     Raises:
         BadSpec: a task can never run on this cluster.
@@ -23,7 +24,7 @@ def run_tasks(
     if not tasks:
         return
     cluster.check(tasks)
-    with Meter(doing, work_bytes) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
+    with Meter(doing, work_bytes, also=also) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
         yield from outcomes
 
 

@@ -14,7 +14,7 @@ from jobs.output.report import Report
 from jobs.report.metrics import quality_metrics
 from jobs.report.result import quality_text
 from jobs.tracking.job_run import run_key
-from jobs.tracking.run import Recorder
+from jobs.tracking.recorder import Recorder
 
 
 def settled(planned: Planned) -> Report:

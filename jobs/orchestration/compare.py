@@ -15,7 +15,7 @@ from jobs.output.report import read_report
 from jobs.report.comparison import BITS, ComparedJob, Comparison, compared_job, to_json, whole
 from jobs.report.plots import comparison_plot
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.run import compare_page
+from jobs.tracking.pages import compare_page
 from jobs.tracking.store import Store, Tracked
 from loaders.errors import BadSpec, io_errors
 from loaders.storage import open_store

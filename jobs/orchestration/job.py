@@ -22,7 +22,7 @@ from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
-from jobs.output.publish import complete, is_published, publish, put_card, written_headers
+from jobs.output.publish import complete, is_published, publish, put_card, put_page, written_headers
 from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
 from jobs.report import result
@@ -30,10 +30,13 @@ from jobs.report.card import make_card
 from jobs.report.document import make_report
 from jobs.report.loading import loading_lines, loading_of, place_of
 from jobs.report.metrics import quality_metrics
+from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
-from jobs.tracking.job_run import open_job_run, track_job
-from jobs.tracking.run import NoRun, Recorder, Run, how_to_open
+from jobs.tracking.job_run import facts, open_job_run, track_job
+from jobs.tracking.pages import how_to_open
+from jobs.tracking.recorder import Recorder
+from jobs.tracking.run import NoRun, Run
 from jobs.verification.logits import asked, judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
@@ -93,7 +96,7 @@ class Job:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
         # The run is opened before any work, so that MLflow shows a job that fails early, or is killed.
         self.run = open_job_run(
-            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number,
+            spec, self.planned.plan, self.planned.target, journal, recorder, sweep=self.sweep, number=self.number,
             is_published=self.is_whole,
         )  # fmt: skip
         if self.is_whole:
@@ -144,8 +147,17 @@ class Job:
             self.report = self._publish(done)
         planned = self.planned
         if self.run.is_tracked:
-            plan = plan_document(planned.spec, planned.plan, planned.target, notes_of(planned))
-            track_job(self.run, planned.spec, planned.target, planned.journal.output, self.report, plan)
+            output = planned.journal.output
+            track_job(
+                self.run,
+                planned.spec,
+                planned.target,
+                output,
+                self.report,
+                plan_document(planned.spec, planned.plan, planned.target, notes_of(planned)),
+                facts(planned.spec, planned.plan, planned.target),
+                make_page(self.report, planned.plan, planned.target, output),
+            )
         self.run.end("FINISHED")
 
     def _publish(self, whole: Pass) -> Report:
@@ -169,6 +181,7 @@ class Job:
         )
         if has_card:
             report = self._put_card(report)
+        report = put_page(journal, report, make_page(report, planned.plan, planned.target, journal.output))
         headers = written_headers(planned.target.finals, report.tensors)
         check_finished(planned.plan, report, journal.destination.files, headers)
         # A unit looks at its own files; those of units that were done before may have changed since.

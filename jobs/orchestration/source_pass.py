@@ -25,7 +25,8 @@ from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
 from jobs.report import plan
 from jobs.spec.job import ClusterSpec, JobSpec
-from jobs.tracking.run import Recorder
+from jobs.tracking.mlflow_run import warm
+from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, max_open_files
 from loaders.backends.memory import PeakMemory, no_collection, spared
@@ -65,6 +66,8 @@ def run_job(spec: JobSpec) -> Said:
         report = already.settled(planned)
         already.track(planned, report)
         return already.said(planned, report)
+    if spec.tracking.kind == "mlflow":
+        warm(spec.tracking.uri)
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
         planned = asked.settled()
@@ -90,6 +93,8 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
         except WeightmillError as error:
             found[number] = error
     planned = {number: plan for number, plan in found.items() if isinstance(plan, Planned)}
+    for uri in {each.spec.tracking.uri for each in planned.values() if each.spec.tracking.kind == "mlflow"}:
+        warm(uri)
     with engine_check.asking(list(planned.values())) as asked:
         for number, each in zip(planned, asked, strict=True):
             try:
@@ -251,11 +256,17 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
+    counts = {job.run.count for job in alive}  # of a sweep's jobs all the same one
+
+    def count(size: int) -> None:
+        for each in counts:
+            each(size)
+
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
     specs = [spec for task in tasks for tensor in task.unit.tensors for _, spec in tensor.stored]
     with (
         strategy.ahead(jobs[0].planned.plan.checkpoint.source, specs) if cluster.is_local else nullcontext(),
-        closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes,
+        closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks), count)) as outcomes,
     ):
         for outcome in outcomes:
             read += _take(outcome, by_task[outcome.unit], by_number)

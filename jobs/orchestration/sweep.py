@@ -7,6 +7,7 @@ and skips jobs whose outputs exist.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -28,15 +30,21 @@ from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
+from jobs.report.comparison import ComparedJob, Comparison, compared_job, error_of, to_json, whole
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics, quality_metrics
+from jobs.report.sweep_page import make_sweep_page
 from jobs.spec.job import JobSpec
-from jobs.tracking.job_run import run_key, sweep_tags
-from jobs.tracking.run import Recorder, compare_page
+from jobs.tracking.job_run import facts, run_key, source_of, sweep_tags
+from jobs.tracking.pages import compare_page
+from jobs.tracking.recorder import Recorder
+from jobs.tracking.run import Run
 from jobs.tracking.sources import Known, located
-from loaders.errors import BadSpec, WeightmillError
+from jobs.tracking.sweep_run import open_sweep_run, track_sweep
+from loaders.errors import BadSpec, StorageError, WeightmillError, io_errors
 from loaders.storage.address import Address
+from loaders.storage.atomic import write_file
+from loaders.storage.base import OUR_PAGE
 from loaders.storage.hashes import text_digest
 from loaders.storage.settings import use
 from loaders.words import counted
@@ -53,6 +61,14 @@ def run_sweep(config: str, request: Request) -> Said:
     """
     under_way = Sweep(request)
     try:
+        _run(under_way, config, request)
+        return under_way.said()
+    finally:
+        under_way.close()
+
+
+def _run(under_way: Sweep, config: str, request: Request) -> None:
+    try:
         sweep(config, request, under_way.together)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{str(error) or 'interrupted'}: {under_way.state}; the same command goes on") from None
@@ -61,9 +77,6 @@ def run_sweep(config: str, request: Request) -> Said:
         # sweep ends with its table; any other error is the sweep's own.
         if not any(error is each for each in under_way.outcomes.values()):
             raise
-    finally:
-        under_way.close()
-    return under_way.said()
 
 
 class Sweep:
@@ -82,6 +95,8 @@ class Sweep:
         self._reads: list[Read] = []
         self._repeats: dict[int, int] = {}  # jobs that a search tried again, with the number of the first equal one
         self._recorder = Recorder()
+        self._sources: dict[int, str] = {}
+        self._run_of_all: Run | None = None  # until it has ended
 
     # --- a batch
 
@@ -149,6 +164,8 @@ class Sweep:
 
     def _run(self, planned: dict[int, Planned]) -> None:
         old = {n: p for n, p in planned.items() if p.done is not None}
+        self._sources |= {number: str(plan.plan.checkpoint.address) for number, plan in planned.items()}
+        self._begin(planned)
         adopted: dict[int, Future[str | None]] = {}
         for number, plan in old.items():
             try:
@@ -185,6 +202,19 @@ class Sweep:
         for number, found in adopted.items():
             self._run_ids[number] = found.result() if found.exception() is None else None
 
+    def _begin(self, planned: dict[int, Planned]) -> None:
+        """Open the sweep's own run, before those of its jobs, if there is one to track."""
+        tracked = [plan for plan in planned.values() if plan.spec.tracking.kind == "mlflow"]
+        if self._run_of_all is not None or not tracked:
+            return
+        first, is_done = tracked[0].spec, all(plan.done is not None for plan in tracked)
+        self._run_of_all = open_sweep_run(
+            first.tracking, first.output.local_root, self.id, sorted(self.request.given),
+            [facts(plan.spec, plan.plan, plan.target) for plan in tracked],
+            list({self._sources[n]: source_of(p.spec, p.plan) for n, p in planned.items()}.values()),
+            self._recorder, is_done=is_done,
+        )  # fmt: skip
+
     def _result(self, number: int, searches: bool) -> Any:
         outcome = self.outcomes[number]
         if isinstance(outcome, WeightmillError):
@@ -194,6 +224,9 @@ class Sweep:
         return found[0] if len(found) == 1 else found
 
     def close(self) -> None:
+        """End the sweep's run, which is killed if nothing was said of it, and wait until everything is logged."""
+        if self._run_of_all is not None:
+            self._run_of_all.end("KILLED")
         self._recorder.close()
 
     @property
@@ -206,9 +239,9 @@ class Sweep:
     def said(self) -> Said:
         """Return the sweep's result: the table of jobs, the Pareto front, and the page in MLflow."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
-        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        error = error_of(candidates)
         compared = Comparison(candidates, error)
-        page = self._page()
+        page, written = self._page(), self._finish(candidates)
         reads: list[RenderableType] = [
             f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
             f" {counted(read.jobs, 'job')} in {read.wall_s:.2f} s"
@@ -219,10 +252,8 @@ class Sweep:
         if self._repeats:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
-        text = Group(
-            f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(),
-            *([whole(page)] if page else []),
-        )  # fmt: skip
+        pages: list[RenderableType] = [Text(f"page: {written}"), *([whole(page)] if page else [])]
+        text = Group(f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(), *pages)
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
@@ -232,8 +263,36 @@ class Sweep:
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
             "compare": page,
+            "page": str(written),
         }
         return Said(document, text, self._status())
+
+    def _finish(self, candidates: Sequence[ComparedJob]) -> Path:
+        """Write the sweep's page beside its outputs, and track the sweep; returns where the page is.
+
+        Raises:
+            StorageError: the page cannot be written.
+        """
+        root = next(iter(self._specs.values())).output.local_root if self._specs else Path.cwd() / "weightmill"
+        places = {str(spec.output_address): self._sources.get(n, spec.model_name) for n, spec in self._specs.items()}
+        by_source: dict[str, list[ComparedJob]] = {}
+        for each in candidates:
+            by_source.setdefault(places.get(each.output or "", "not planned"), []).append(each)
+        compared = {source: Comparison(jobs, error_of(jobs)) for source, jobs in by_source.items()}
+        outputs = {each.name: Address.of(each.output) for each in candidates if each.status == "done" and each.output}
+        links = {name: page_of(output, root) for name, output in outputs.items() if output.is_local}
+        page, path = make_sweep_page(self.id, compared, links), root / f"{self.id}.html"
+        with io_errors("making", root):
+            root.mkdir(parents=True, exist_ok=True)
+        write_file(path, page)
+        if self._run_of_all is not None:
+            track_sweep(self._run_of_all, self.id, compared, page)
+            status, run, self._run_of_all = self._status(), self._run_of_all, None
+            try:
+                run.close("FINISHED" if status == DONE else "FAILED")
+            except StorageError as error:
+                note(f"the sweep's own run: {error}")
+        return path
 
     def _status(self) -> int:
         """Return the worst exit status of the jobs."""
@@ -298,3 +357,8 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
     except BadSpec:
         return None
     return match[1]
+
+
+def page_of(output: Address, root: Path) -> str:
+    """Return the address of an output's page, as a page in `root` leads to it."""
+    return quote(os.path.relpath(output.path / OUR_PAGE, root))

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from jobs.output.card_block import CARD, aux_digest, card_digest
 from jobs.output.join import join
 from jobs.output.journal import PENDING, Done, Journal
@@ -23,7 +25,7 @@ from loaders.limits import JSON_REPORT
 from loaders.specs import OutputFile, WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT, Destination
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
 from loaders.storage.json_files import json_bytes
 from loaders.words import counted
@@ -90,6 +92,17 @@ def put_card(journal: Journal, report: Report, card: bytes) -> Report:
     """Add a model card to an unpublished output; returns the report that names it."""
     journal.destination.put(f"files/{CARD}", card)
     return report.model_copy(update={"aux": dict(sorted({**report.aux, CARD: card_digest(card)}.items()))})
+
+
+def put_page(journal: Journal, report: Report, page: bytes) -> Report:
+    """Add the page to an unpublished output; returns the report that has its hash."""
+    journal.destination.put(f"files/{OUR_PAGE}", page)
+    return with_page(report, page)
+
+
+def with_page(report: Report, page: bytes) -> Report:
+    """Return a report that names its page by its hash. It stands in `run`, since a page names paths and versions."""
+    return report.model_copy(update={"run": report.run.model_copy(update={"page": xxhash.xxh3_128_hexdigest(page)})})
 
 
 def written_headers(

@@ -21,7 +21,7 @@ from loaders.limits import JSON_REPORT, shown
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT, PinnedFiles
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import digest
 from loaders.storage.json_files import read_json
 
@@ -221,6 +221,7 @@ class RunReport(Part):
     python: str
     request: dict[str, Any]
     tags: tuple[SourceTag, ...] = ()
+    page: str | None = None  # the xxh3-128 of OUR_PAGE; older outputs have none
     xxh3: str = ""  # of the whole file, where these digits are zeros; older reports have none
 
 
@@ -386,8 +387,9 @@ def files_named(output: Address) -> set[str]:
     # It is not parsed as a Report, so that a report of another version still protects its files from being replaced.
     found = read_json(PinnedFiles(open_store(output)), OUR_REPORT)
     try:
-        return {OUR_REPORT, *found["aux"], *(file["name"] for file in found["files"])}
-    except (KeyError, TypeError):
+        page = [OUR_PAGE] if found["run"].get("page") else []
+        return {OUR_REPORT, *page, *found["aux"], *(file["name"] for file in found["files"])}
+    except (KeyError, TypeError, AttributeError):
         raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
 
 

@@ -89,6 +89,11 @@ def compared_job(name: str, report: Report, run_id: str | None = None, output: s
     )
 
 
+def error_of(jobs: Sequence[ComparedJob]) -> str:
+    """Return the metric that says best what jobs lose: of what was judged in engines, or else of the weights."""
+    return KL if any(KL in job.metrics for job in jobs) else ERROR
+
+
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
     """Return the names of the jobs that no other job beats in both bits per weight and error, smallest first."""
     comparable = sorted(
@@ -132,6 +137,15 @@ class Comparison:
         """Return the table, the Pareto front, and the tensors that differ most, for a terminal."""
         differs: list[RenderableType] = [self._differing_table(), ""] if self.differing else []
         return [self._table(), "", self._front_text(), "", *differs]
+
+    @property
+    def titles(self) -> list[str]:
+        """The titles of the columns of numbers."""
+        return [column.title for column in self._columns]
+
+    def cells(self, job: ComparedJob) -> list[str]:
+        """Return a job's numbers as texts, in the order of `titles`; empty where it has none."""
+        return self._cells(job)
 
     def document(self) -> dict[str, Any]:
         """Return the comparison as JSON."""

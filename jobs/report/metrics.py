@@ -106,11 +106,11 @@ def error_by_layer(report: Report) -> dict[int, ErrorSums]:
     return dict(sorted(layers.items()))
 
 
-def worst_of(tensors: Sequence[ReportedTensor]) -> list[ReportedTensor]:
-    """Return the WORST of some tensors by relative error, among those that are not copies."""
+def worst_of(tensors: Sequence[ReportedTensor], most: int = WORST) -> list[ReportedTensor]:
+    """Return the worst of some tensors by relative error, among those that are not copies."""
     changed = [t for t in tensors if t.action != "keep" and t.relative_error != 0]
     changed.sort(key=lambda t: -(t.relative_error if t.relative_error is not None else math.inf))
-    return changed[:WORST]
+    return changed[:most]
 
 
 # --- damage, as the report and the model card say it

@@ -1,111 +1,20 @@
-"""The figures of a job's report and of a comparison."""
+"""The figure of a comparison."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.output.report import Report
 from jobs.report.comparison import BITS, ComparedJob
-from jobs.report.metrics import LAYER, error_by_layer
 
 NAMED = 20  # jobs that a figure distinguishes; of more, only those on the Pareto front, and the others are gray
-# The spread in bits per weight from which on a figure of a mix is drawn. Scales and padding of small matrices alone
-# make a smaller one.
-MIXED = 0.75
-MOST_LABELLED = 32  # layers up to which the figure of a mix has a number in each cell
-
-
-def plots(report: Report, folder: Path) -> list[Path]:
-    """Draw the error by layer, the size by role before and after, and the mix, as PNG files in a folder."""
-    made = []
-    title = report.job["quant"]["name"]
-    layers = error_by_layer(report)
-    if layers:
-        figure, axes = _figure(3.5)
-        errors = [error.relative_error for error in layers.values()]
-        axes.plot(list(layers), errors, marker="o", markersize=3)
-        axes.set(xlabel="layer", ylabel="relative error", title=f"{title}: error by layer")
-        axes.set_ylim(0, 1.1 * max(errors) or None)
-        _whole_numbers(axes)
-        made.append(_saved(figure, folder / "error_by_layer.png"))
-    roles: dict[str, tuple[float, float]] = {}
-    for tensor in report.tensors:
-        before, after = roles.get(tensor.role, (0.0, 0.0))
-        roles[tensor.role] = (before + tensor.source_bytes / 1e6, after + tensor.output_bytes / 1e6)
-    names = sorted(roles, key=lambda role: roles[role])
-    figure, axes = _figure(1.5 + 0.5 * len(names))
-    places = range(len(names))
-    axes.barh([p + 0.2 for p in places], [roles[n][0] for n in names], 0.4, color="tab:gray", label="before")
-    axes.barh([p - 0.2 for p in places], [roles[n][1] for n in names], 0.4, color="tab:blue", label="after")
-    axes.set_yticks(list(places), names)
-    axes.set(xlabel="MB", title=f"{title}: size by role")
-    axes.legend(loc="lower right")
-    made.append(_saved(figure, folder / "size.png"))
-    if mix_plot(report, folder / "mix.png"):
-        made.append(folder / "mix.png")
-    return made
-
-
-def mix_plot(report: Report, path: Path) -> bool:
-    """Draw the bits per weight of every matrix, by layer and module, as a PNG; returns False if all are the same."""
-    from matplotlib.figure import Figure
-
-    bits: dict[tuple[int, str], list[float]] = {}
-    for tensor in report.tensors:
-        match = LAYER.search(tensor.name)
-        if match and len(tensor.shape) > 1:
-            # Experts of a layer share a cell, which shows their mean.
-            module = re.sub(r"\.\d+\.", ".*.", tensor.name[match.end() :].removesuffix(".weight"))
-            weights = max(1, tensor.sums.numel)
-            bits.setdefault((int(match[1]), module), []).append(tensor.output_bytes * 8 / weights)
-    means = {place: sum(found) / len(found) for place, found in bits.items()}
-    if not means or max(means.values()) - min(means.values()) < MIXED:
-        return False
-    layers, modules = sorted({layer for layer, _ in means}), list(dict.fromkeys(module for _, module in means))
-    grid = [[means.get((layer, module), math.nan) for layer in layers] for module in modules]
-    figure = Figure(figsize=(2.5 + 0.35 * max(8, len(layers)), 1.5 + 0.35 * len(modules)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    for row, values in enumerate(grid):
-        for column, value in enumerate(values):
-            if not math.isnan(value) and len(layers) <= MOST_LABELLED:
-                dark = value < (min(means.values()) + max(means.values())) / 2
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    axes.set_yticks(range(len(modules)), modules)
-    step = -(-len(layers) // MOST_LABELLED)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel="layer", title=f"{report.job['quant']['name']}: bits per weight")
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
-    return True
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    """Return a figure, 8 inches wide, and its axes with fixed margins.
-
-    matplotlib's automatic layouts draw a figure twice, which counts in a sweep of hundreds of jobs.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height))
-    axes = figure.add_axes((0.11, 0.55 / height, 0.87, 1 - 0.9 / height))
-    return figure, axes
 
 
 def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    # A low level of compression: in a sweep of hundreds of jobs, time counts more than the size of small files.
-    figure.savefig(path, dpi=120, pil_kwargs={"compress_level": 1})
-    return path
 
 
 def comparison_plot(candidates: Sequence[ComparedJob], front: Sequence[str], error: str, path: Path) -> bool:

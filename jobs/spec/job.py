@@ -359,6 +359,16 @@ class JobSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _a_server_reaches_what_it_registers(self) -> JobSpec:
+        is_server = (self.tracking.uri or "").startswith("http")
+        if self.tracking.register is not None and is_server and self.output_address.is_local:
+            raise ValueError(
+                "tracking.register: a tracking server registers no folder of this machine; give an output.path in a"
+                " store, such as s3://BUCKET/OUT"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _original_is_the_merged_model(self) -> JobSpec:
         calibration = getattr(self.quant, "calibration", None)
         if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, field_validator
+from pydantic import Field, PlainSerializer, ValidationInfo, field_validator
 
 from jobs.spec.base import Spec
 from loaders.storage.address import without_secrets
@@ -17,34 +18,53 @@ EXPERIMENT = "weightmill"
 STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
-class TrackingSpec(Spec):
-    """conf/tracking: the store of the metrics."""
+with warnings.catch_warnings():
+    # pydantic takes what ABCMeta gives classes, `register`, for an attribute that the field would hide.
+    warnings.filterwarnings("ignore", message='Field name "register"')
 
-    kind: Literal["mlflow", "none"]
-    # Where a request is written down, it stands there without its password.
-    uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
-        default=None,
-        validate_default=True,
-        description="a tracking server or database; by default MLFLOW_TRACKING_URI, else sqlite in output.root",
-    )
-    experiment: str = Field(
-        default="",
-        validate_default=True,
-        description=f"the MLflow experiment; by default MLFLOW_EXPERIMENT_NAME, else {EXPERIMENT}",
-    )
-    price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
+    class TrackingSpec(Spec):
+        """conf/tracking: the store of the metrics."""
 
-    @field_validator("uri")
-    @classmethod
-    def _uri_is_a_store(cls, uri: str | None) -> str | None:
-        named = "" if uri is not None else os.environ.get(URI, "")
-        found = uri if uri is not None else named or None
-        if found is not None and not STORE.match(found):
-            said = f"the environment's {URI} is {without_secrets(named)!r}; " if named else ""
-            raise ValueError(f"{said}expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
-        return found
+        kind: Literal["mlflow", "none"]
+        # Where a request is written down, it stands there without its password.
+        uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
+            default=None,
+            validate_default=True,
+            description="a tracking server or database; by default MLFLOW_TRACKING_URI, else sqlite in output.root",
+        )
+        experiment: str = Field(
+            default="",
+            validate_default=True,
+            description=f"the MLflow experiment; by default MLFLOW_EXPERIMENT_NAME, else {EXPERIMENT}",
+        )
+        register: str | None = Field(
+            default=None,
+            description="the model in MLflow's registry of which the output becomes a version; null: of none",
+        )
+        price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
 
-    @field_validator("experiment", mode="before")
-    @classmethod
-    def _experiment_has_a_name(cls, experiment: Any) -> Any:
-        return (os.environ.get(NAME) or EXPERIMENT) if experiment in (None, "") else experiment
+        @field_validator("uri")
+        @classmethod
+        def _uri_is_a_store(cls, uri: str | None) -> str | None:
+            named = "" if uri is not None else os.environ.get(URI, "")
+            found = uri if uri is not None else named or None
+            if found is not None and not STORE.match(found):
+                said = f"the environment's {URI} is {without_secrets(named)!r}; " if named else ""
+                raise ValueError(
+                    f"{said}expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db"
+                )
+            return found
+
+        @field_validator("experiment", mode="before")
+        @classmethod
+        def _experiment_has_a_name(cls, experiment: Any) -> Any:
+            return (os.environ.get(NAME) or EXPERIMENT) if experiment in (None, "") else experiment
+
+        @field_validator("register")
+        @classmethod
+        def _a_registry_is_mlflows(cls, name: str | None, about: ValidationInfo) -> str | None:
+            if name is not None and about.data.get("kind") == "none":
+                raise ValueError("it is a model in MLflow's registry, and there is none with tracking=none")
+            if name is not None and (not name.strip() or set(name) & {"/", ":"}):
+                raise ValueError("expected the name of a model, without / and :")
+            return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -12,42 +13,82 @@ from typing import Any
 from jobs.mixed_precision.allocation import mix_document
 from jobs.output.journal import Journal
 from jobs.output.report import Report
-from jobs.planning.plan import TargetPlan
+from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import versions
 from jobs.report.metrics import error_by_layer, metrics, table_columns
-from jobs.report.plots import plots
+from jobs.report.pictures import pictures
+from jobs.report.plan import output_sizes
 from jobs.spec.job import JobSpec
-from jobs.tracking.run import SWEEP, Recorder, Run, open_run
+from jobs.tracking.mlflow_run import KIND, SWEEP, Source
+from jobs.tracking.recorder import Recorder
+from jobs.tracking.run import Run, open_run
 from loaders.places import ROOT
 from loaders.presets.auto import AutoQuant
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT
+from loaders.storage.base import OUR_PAGE, OUR_REPORT
 from loaders.storage.hashes import text_digest
+from loaders.words import shown
 
 CHOSEN = "quant.chosen."  # the mix, which lists every tensor: too long for parameters, it is logged as an artifact
+# Names of schemes' engines, and of layouts where nothing is quantized, that are known by others.
+ENGINES = {"ggml": "llama.cpp", "gguf": "llama.cpp", "mlx": "mlx-lm", "hf": "transformers"}
+LONGEST = 200  # characters of a stranger's text in a tag
 
 
 def open_job_run(
-    spec: JobSpec, journal: Journal, fingerprint: str, recorder: Recorder | None, *, sweep: str | None, number: int,
-    is_published: bool = False,
+    spec: JobSpec, plan: Plan, target: TargetPlan, journal: Journal, recorder: Recorder | None, *, sweep: str | None,
+    number: int, is_published: bool = False,
 ) -> Run:  # fmt: skip
     """Open a job's run: a new one, or the one that an interrupted attempt with the same key left.
 
     Raises:
         StorageError: the tracking server does not answer.
     """
-    params = {k: v for k, v in flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
+    told = facts(spec, plan, target)
+    request = {k: v for k, v in flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
+    params = {**told, **request, **{f"version.{name}": version for name, version in versions().items()}}
     tags = {
-        "weightmill.kind": "job",
-        "weightmill.source": fingerprint,
+        **told,
+        KIND: "job",
         "weightmill.output": str(journal.output),
-        "weightmill.git_commit": _git_commit(),
-        **_shown_by_mlflow(),
-        **{f"weightmill.version.{name}": version for name, version in versions().items()},
+        **shown_by_mlflow(),
         **sweep_tags(sweep, number),
     }
     root, name = spec.output.local_root, spec.output_address.name
-    return open_run(spec.tracking, root, name, params, tags, run_key(journal), recorder, is_published=is_published)
+    return open_run(
+        spec.tracking, root, name, params, tags, run_key(journal), recorder, sources=[source_of(spec, plan)],
+        is_published=is_published,
+    )  # fmt: skip
+
+
+def facts(spec: JobSpec, plan: Plan, target: TargetPlan) -> dict[str, str]:
+    """Return what people filter runs by, which are parameters and tags of every job.
+
+    `bits` are whole bits of a quantized weight, without its share of scales; of all weights if none is quantized.
+    """
+    quantized = [d for d in target.decisions if d.action == "quantize"]
+    engines = sorted({d.scheme.engine for d in quantized if d.scheme is not None}) or [target.target.layout.name]
+    quantized = quantized or [*target.decisions]
+    sizes = output_sizes(target)
+    stored = sum(sizes.get(d.tensor.name, 0) for d in quantized)
+    weights = sum(math.prod(d.tensor.shape) for d in quantized if d.tensor.name in sizes)
+    model_type = plan.checkpoint.config.get("model_type")
+    return {
+        "model": shown(spec.model_name)[:LONGEST],
+        "model_type": shown(model_type)[:LONGEST] if isinstance(model_type, str) else "unknown",
+        "engine": ENGINES.get(engines[0], engines[0]),
+        "container": target.target.container.name,
+        "quant": spec.quant.name,
+        "bits": str(stored * 8 // max(1, weights)),
+    }
+
+
+def source_of(spec: JobSpec, plan: Plan) -> Source:
+    """Return a job's source as a run has it."""
+    checkpoint = plan.checkpoint
+    profile = {"parameters": plan.parameters, "bytes": plan.source_bytes, "files": len(checkpoint.files)}
+    name = shown(spec.model_name)[:LONGEST]
+    return Source(name=name, digest=checkpoint.fingerprint, address=checkpoint.address, profile=profile)
 
 
 def run_key(journal: Journal) -> str:
@@ -56,9 +97,10 @@ def run_key(journal: Journal) -> str:
 
 
 def track_job(
-    run: Run, spec: JobSpec, target: TargetPlan, output: Address, report: Report, plan: Mapping[str, Any]
-) -> None:
-    """Log a finished job's report and plan."""
+    run: Run, spec: JobSpec, target: TargetPlan, output: Address, report: Report, plan: Mapping[str, Any],
+    told: Mapping[str, str], page: bytes,
+) -> None:  # fmt: skip
+    """Log a finished job's report, plan and page, and link its output."""
     run.describe(_description(spec, output, report))
     run.metrics(metrics(report))
     run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(report).items()])
@@ -67,7 +109,8 @@ def track_job(
     run.document(OUR_REPORT, report.to_json())
     if isinstance(spec.quant, AutoQuant):
         run.document("mix.json", mix_document(spec.quant, target.decisions))
-    run.figures(lambda folder: plots(report, folder))
+    run.texts(lambda: {OUR_PAGE: page.decode(), **{f"{name}.svg": svg for name, svg in pictures(report).items()}})
+    run.output(output.name, str(output), told, spec.tracking.register)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -85,7 +128,7 @@ def sweep_tags(sweep: str | None, number: int) -> dict[str, str]:
 
 
 @cache
-def _shown_by_mlflow() -> dict[str, str]:
+def shown_by_mlflow() -> dict[str, str]:
     """Return the tags from which MLflow's pages show who made a run, and with what program."""
     found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
     if _git_commit() != "none":
@@ -112,5 +155,6 @@ def _description(spec: JobSpec, output: Address, report: Report) -> str:
     return (
         f"**{spec.model_name} to {spec.quant.name}**: {total.bits_per_weight:.3f} bits per weight,"
         f" {total.ratio:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{output}`\n\n"
-        "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
+        f"All of it on a page: Artifacts, `{OUR_PAGE}`. Error by layer: Model metrics, `layer/relative_error`. Every"
+        " tensor: Artifacts, `tensors.json`."
     )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.spec.addresses import check_reachable
-from jobs.tracking.run import first_line, mlflow_client
+from jobs.tracking.mlflow_run import first_line, mlflow_client
 from jobs.tracking.sqlite_store import SQLITE, file_of, is_missing
 from loaders.errors import StorageError
 from loaders.storage.address import without_secrets

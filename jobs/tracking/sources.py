@@ -208,8 +208,8 @@ def _with_password(netloc: str) -> str:
 
 def _tracking_uri(key: str, spec: BaseModel) -> str:
     """Return the MLflow to look in: `tracking.uri`, MLFLOW_TRACKING_URI, or the store in the folder of outputs."""
+    from jobs.tracking.mlflow_run import default_uri
     from jobs.tracking.reading import lacks_file
-    from jobs.tracking.run import default_uri
 
     given = getattr(getattr(spec, "tracking", None), "uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
     root = getattr(getattr(spec, "output", None), "local_root", None) or Path.cwd() / "weightmill"

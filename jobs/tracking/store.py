@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec.tracking import TrackingSpec
+from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri
 from jobs.tracking.reading import OpenedStore, lacks_file
-from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri
+from jobs.tracking.recorder import BEAT_S
 from loaders.errors import BadSpec
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
@@ -74,13 +75,14 @@ class Store:
 
     def all(self, where: str = "") -> list[Tracked]:
         """Return all runs that match MLflow's filter `where`, oldest first."""
-        found, token = [], None
+        found, token = list[Tracked](), None
         with self._reading():
             while True:
                 page = self._client.search_runs(
                     [self.experiment], where, order_by=["attributes.start_time ASC"], page_token=token
                 )
-                found += [self._tracked(run) for run in page]
+                # A sweep's own run is no job.
+                found += [self._tracked(run) for run in page if run.data.tags.get(KIND) != "sweep"]
                 token = page.token
                 if not token:
                     return found

@@ -22,6 +22,7 @@ from jobs.execution.choose import choose
 from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
 from jobs.output.card_block import CARD, LIMIT
+from jobs.output.publish import with_page
 from jobs.output.report import (
     FileRange,
     Report,
@@ -34,11 +35,12 @@ from jobs.planning.targets import TARGET, target_of
 from jobs.report.card import updated
 from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
+from jobs.report.page import make_page
 from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of
-from jobs.verification.without_weights import list_faults, range_digest, report_faults
+from jobs.verification.without_weights import list_faults, page_faults, range_digest, report_faults
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +50,7 @@ from loaders.specs import Slot, WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
-from loaders.storage.base import OUR_REPORT, PinnedFiles
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import Expecting, TensorBytes, Use
@@ -188,7 +190,10 @@ def verify_output(
             for report_of_unit in reports:
                 faults += report_of_unit.faults
                 checked += report_of_unit.tensors
+    damaged = page_faults(written, report)
     quality = None if judging is None or faults else _judge(judging, output, report, plan, faults)
+    # Judging writes the page anew.
+    faults += damaged if quality is None else []
     return _said(output, plan, checked, faults, quality)
 
 
@@ -221,6 +226,9 @@ def judge_published(judging: Judging, output: Address, report: Report, plan: Pla
     files = PinnedFiles(open_store(output))
     if report.run.request["output"].get("card", False):
         write_file(output.path / CARD, updated(files.read_all(CARD, LIMIT), report, plan, target, output))
+    page = make_page(report, plan, target, output)
+    report = with_page(report, page)
+    write_file(output.path / OUR_PAGE, page)
     write_file(output.path / OUR_REPORT, report.to_bytes())
     return report
 

@@ -11,7 +11,7 @@ from loaders.checkpoints.checkpoint import Checkpoint, Headers, open_checkpoint
 from loaders.errors import VerifyFailed
 from loaders.limits import JSON_REPORT
 from loaders.specs import OutputFile, Slot
-from loaders.storage.base import OUR_REPORT, PinnedFiles, Store
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, PinnedFiles, Store
 from loaders.storage.hashes import hash_stored
 
 
@@ -105,6 +105,15 @@ def list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
         if files.find(named) is not None and files.read_all(named, JSON_REPORT) != index:
             faults.append(f"{named}: it does not say what the files hold")
     return faults
+
+
+def page_faults(written: Checkpoint, report: Report) -> list[str]:
+    """List what is wrong with the page of an output. Older outputs have none."""
+    files, digest = written.source, report.run.page
+    entry = files.find(OUR_PAGE) if digest is not None else None
+    if digest is None or (entry is not None and hash_stored(files.store, entry) == digest):
+        return []
+    return [f"{OUR_PAGE}: {'missing from the output' if entry is None else 'it is not as it was written'}"]
 
 
 def _header_faults(plan: Plan, written: Checkpoint) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from loaders.containers import CONTAINERS, packed
-from loaders.storage.base import OUR_REPORT, Entry, PinnedFiles
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, PinnedFiles
 
 # Weights of any container, including those that are not read here. They are never copied: an output with the weights of
 # its source beside its own would be twice as large, and an engine could load the wrong ones.
@@ -21,9 +21,10 @@ INDEX_SUFFIX = ".index.json"
 VARIANT_INDEX = re.compile(r"\.index\.\w+\.json$")  # the index of a variant, as diffusers and transformers call it
 
 
-# Files that describe the source's weights, and would be wrong beside the output's; and what says how git stores a
+# Files that describe the source's weights, and would be wrong beside the output's, which has a report and a page of its
+# own; and what says how git stores a
 # repository, which is with a download from the Hub, and of which it has its own.
-NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT, ".gitattributes", ".gitignore")
+NOT_AUX = (OUR_REPORT, OUR_PAGE, packed.MANIFEST, packed.EXPERT_LAYOUT, ".gitattributes", ".gitignore")
 
 
 def is_weights(name: str) -> bool:
@@ -45,3 +46,10 @@ def find_aux(files: PinnedFiles, everything: Iterable[Entry]) -> tuple[str, ...]
             files.store.check_inside(entry.name)
             found.append(entry.name)
     return tuple(found)
+
+
+def aux_notes(everything: Iterable[Entry]) -> list[str]:
+    """Say what is not carried over although it may be a stranger's own."""
+    names = {entry.name for entry in everything}
+    is_theirs = OUR_PAGE in names and OUR_REPORT not in names
+    return [f"{OUR_PAGE} is not carried over: an output has a page of its own by that name"] if is_theirs else []

@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
-from loaders.checkpoints.aux_files import INDEX_SUFFIX, find_aux, is_weights
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, aux_notes, find_aux, is_weights
 from loaders.checkpoints.config_types import check_config
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
@@ -188,7 +188,7 @@ def open_checkpoint(
         weights=weights,
         config=config,
         aux=aux,
-        notes=(*chosen.notes, *notes),
+        notes=(*chosen.notes, *notes, *aux_notes(everything)),
     )
 
 
@@ -220,6 +220,7 @@ def _open_pipeline(
         notes=(
             *(f"{part}: {note}" for part, each in parts.items() for note in each.notes),
             *pipeline.passed_over(everything, tuple(parts)),
+            *aux_notes(everything),
         ),
         components=parts,
     )

@@ -26,6 +26,7 @@ Range = tuple[int, int]  # bytes [start, stop)
 # Bytes of the largest tensor that lint reads (a scale, a shape) while an output is not published.
 READ_BEFORE_PUBLISHING = 4096
 OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
+OUR_PAGE = "report.html"  # what it says, for a browser
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -24,7 +24,7 @@ from tests.failing import fail_at
 from tests.making import make_source, snapshot
 from tests.shelf.places import OF_JOBS, Place, contents, fill
 
-REPORT = "weightmill.json"
+REPORT, PAGE = "weightmill.json", "report.html"
 # presets, and what their outputs are: shards with an index; one file of many units; files written by offset; one pickle
 PRESETS = {
     "nf4": (), "gguf_q8_0": (), "mlx_int4": ("output=packed",), "hqq4": (), "none": ("output.container=pytorch",)
@@ -48,10 +48,11 @@ def given(source: Address | Path, out: Address | Path, preset: str = "nf4") -> l
 
 
 def comparable(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], Any]:
-    """An output without its times and the place of its source, of which its card's blocks tell as well."""
+    """An output without its times and the place of its source, of which its card's blocks and its page tell as well."""
     report = json.loads(files[REPORT])
     del report["run"], report["source"]["path"], report["job"]["model"]["path"]
-    return {name: without_blocks(data) for name, data in files.items() if name != REPORT}, report
+    said = {name: b"" if name == PAGE else without_blocks(data) for name, data in files.items() if name != REPORT}
+    return said, report
 
 
 @pytest.mark.parametrize(

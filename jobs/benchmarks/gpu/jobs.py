@@ -25,7 +25,7 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import WeightmillError
 from loaders.places import ROOT
 from loaders.presets.catalog import preset
-from loaders.storage.base import OUR_REPORT
+from loaders.storage.base import OUR_PAGE, OUR_REPORT
 from loaders.storage.hashes import hash_file
 from loaders.strategies.base import cached_share
 
@@ -117,8 +117,9 @@ def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
             raise WeightmillError(f"exit status {ran.returncode}: {lines[-1]}")
         document: dict[str, Any] = json.loads(ran.stdout)
         hashes = {str(path.relative_to(output)): hash_file(path) for path in output.rglob("*") if path.is_file()}
-        # The report has times and paths, which differ from run to run.
-        del hashes[OUR_REPORT]
+        # The report has times and paths, which differ from run to run; the page has errors, in whose last digits
+        # backends may differ.
+        del hashes[OUR_REPORT], hashes[OUR_PAGE]
         return Ran(took, float(document["run"]["wall_s"]), hashes)
     finally:
         shutil.rmtree(output, ignore_errors=True)

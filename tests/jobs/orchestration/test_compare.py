@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from jobs.tracking.mlflow_run import HEARTBEAT, HOST, PID, SWEEP
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -28,8 +30,7 @@ def test_crashed_failed_and_running_runs_are_told_apart(source: Path, tmp_path: 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for name, pid in (("gone", gone.pid), ("going", os.getpid())):
-        tags = {"weightmill.host": socket.gethostname(), "weightmill.pid": str(pid), "weightmill.sweep": sweep,
-                "weightmill.heartbeat": str(int(time.time()))}  # fmt: skip
+        tags = {HOST: socket.gethostname(), PID: str(pid), SWEEP: sweep, HEARTBEAT: str(int(time.time()))}
         client.create_run(experiment, run_name=name, tags=tags)
     found = weightmill("compare", f"output.root={root}", "format=json")
     assert found.status == 0, found.err

@@ -33,7 +33,13 @@ def test_one_file_is_all_there_is(model: Path, tmp_path: Path, weightmill: Any) 
     out = tmp_path / "out"
     planned = weightmill("plan", *arguments(model, out), "format=json").document
     assert weightmill("run", *arguments(model, out)).status == 0
-    assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "README.md", "model-Q8_0.gguf", REPORT]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "LICENSE",
+        "README.md",
+        "model-Q8_0.gguf",
+        "report.html",
+        REPORT,
+    ]
     [file] = planned["output"]["files"]
     assert file["name"] == "model-Q8_0.gguf"
     assert file["bytes"] == (out / file["name"]).stat().st_size

@@ -25,13 +25,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def runs(root: Path) -> list[Any]:
+def runs(root: Path, where: str = "") -> list[Any]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("weightmill")
     assert experiment is not None
-    return [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name != "first"]
+    return [r for r in client.search_runs([experiment.experiment_id], where) if r.info.run_name != "first"]
 
 
 def run(store: Path, weightmill: Any, source: Path, out: Path, *extra: str) -> tuple[Any, Any]:
@@ -59,9 +59,12 @@ def test_a_run_holds_everything(store: Path, source: Path, tmp_path: Path, weigh
         assert name in metrics
     assert found.data.params["quant.group_size"] == "64"
     assert found.data.params["model.path"] == str(source)
-    assert found.data.tags["weightmill.source"] == ran.document["source"]["fingerprint"]
-    assert "weightmill.git_commit" in found.data.tags
-    assert "weightmill.version.numba" in found.data.tags
+    assert "mlflow.source.git.commit" in found.data.tags
+    assert "version.numba" in found.data.params
+    [source_input] = found.inputs.dataset_inputs
+    assert source_input.dataset.digest == ran.document["source"]["fingerprint"]
+    assert json.loads(source_input.dataset.source)["uri"] == str(source)
+    assert source_input.dataset.name == source.name
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
@@ -70,7 +73,9 @@ def test_a_run_holds_everything(store: Path, source: Path, tmp_path: Path, weigh
         (1, True),
     ]
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
-    assert names == {"tensors.json", "plan.json", "weightmill.json", "error_by_layer.png", "size.png"}
+    assert names == {"tensors.json", "plan.json", "weightmill.json", "report.html", "error_by_layer.svg", "size.svg"}
+    page = Path(client.download_artifacts(found.info.run_id, "report.html", str(tmp_path))).read_bytes()
+    assert page == (tmp_path / "whole" / "report.html").read_bytes()
     table = json.loads(Path(client.download_artifacts(found.info.run_id, "tensors.json", str(tmp_path))).read_text())
     assert len(table["data"]) == 21
 
@@ -123,18 +128,149 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
 
 def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
     from jobs.spec.tracking import TrackingSpec
-    from jobs.tracking.run import compare_page
+    from jobs.tracking.pages import compare_page
 
     server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
-    few = compare_page(server, Path("out"), ["a", "b"], "7", "sweep-1")
+    few = compare_page(server, Path("out"), ["a", "b"], "7")
     assert few == (
         "compare: http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
         "&workflowType=machine_learning"
     )
-    many = compare_page(server, Path("out"), [str(n) for n in range(21)], "7", "sweep-1")
-    assert many.startswith("compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&searchFilter=")
-    assert many.endswith("tags.%60weightmill.sweep%60%20%3D%20%27sweep-1%27")
+    sweep = compare_page(server, Path("out"), ["a", "b"], "7", "sweep-1")
+    assert sweep == (
+        "compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        "&viewStateShareKey=sweep-1"
+    )
+    many = compare_page(server, Path("out"), [str(n) for n in range(21)], "7")
+    assert many == "compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
     own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
     assert own == "compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db, and then http://127.0.0.1:5000"
     here = compare_page(TrackingSpec(kind="mlflow"), Path.cwd() / "out", [str(n) for n in range(30)], "1", "sweep-1")
     assert here == f"{own}; the sweep is tags.`weightmill.sweep` = 'sweep-1'"
+
+
+@pytest.mark.quick
+def test_people_filter_by_what_a_run_is_and_see_no_noise(
+    store: Path, source: Path, tmp_path: Path, weightmill: Any
+) -> None:
+    """MLflow's pages hide tags that begin with its own name."""
+    wanted = {
+        "nf4": ("bitsandbytes", "safetensors", "4"),
+        "hqq4": ("hqq", "pytorch", "4"),
+        "mlx_int4": ("mlx-lm", "safetensors", "4"),
+        "none": ("transformers", "safetensors", "16"),
+    }
+    for quant, (engine, container, bits) in wanted.items():
+        ran, found = run(store, weightmill, source, tmp_path / f"facts-{quant}", f"quant={quant}", "model.name=name")
+        assert ran.status == 0, ran.err
+        facts = {
+            "model": "name", "model_type": "llama", "engine": engine, "container": container, "quant": quant,
+            "bits": bits,
+        }  # fmt: skip
+        assert facts.items() <= found.data.tags.items()
+        assert facts.items() <= found.data.params.items()
+        seen = {name for name in found.data.tags if not name.startswith("mlflow.")}
+        assert seen == {*facts, "weightmill.kind", "weightmill.output"}
+        [told] = [each for each in runs(store, f"tags.quant = '{quant}' and params.bits = '{bits}'")
+                  if each.info.run_name.startswith("facts")]  # fmt: skip
+        assert told.info.run_id == found.info.run_id
+
+
+def test_an_output_is_linked_and_registered_where_asked(
+    store: Path, source: Path, tmp_path: Path, weightmill: Any
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    for number, quant in enumerate(("nf4", "int8"), 1):
+        out = tmp_path / f"registered-{quant}"
+        ran, found = run(store, weightmill, source, out, f"quant={quant}", "tracking.register=small model")
+        assert ran.status == 0, ran.err
+        version = client.get_model_version("small model", str(number))
+        assert (version.source, version.run_id, version.tags["quant"]) == (str(out), found.info.run_id, quant)
+        [linked] = found.outputs.model_outputs
+        assert client.get_logged_model(linked.model_id).tags["weightmill.output"] == str(out)
+    again = weightmill("run", "model.path=models:/small model/1", "quant=none", "quant.dtype=bfloat16",
+                       f"output.path={tmp_path / 'again'}",
+                       f"tracking.uri=sqlite:///{store / 'mlflow.db'}")  # fmt: skip
+    assert again.status == 0, again.err
+    assert len(client.search_model_versions("name = 'small model'")) == 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["tracking=none", "tracking.register=x"], "tracking.register: it is a model in MLflow's registry"),
+        (["tracking=mlflow", "tracking.register=a/b"], "tracking.register: expected the name of a model, without /"),
+        (
+            ["tracking=mlflow", "tracking.register=x", "tracking.uri=http://127.0.0.1:9"],
+            "tracking.register: a tracking server registers no folder of this machine",
+        ),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(given: list[str], said: str, source: Path, weightmill: Any) -> None:
+    ran = weightmill("run", f"model.path={source}", *given)
+    assert ran.status == 2
+    assert said in " ".join(ran.err.split())
+
+
+class Logged:
+    """A run that remembers what is logged to it."""
+
+    run_id = "run"
+
+    def __init__(self) -> None:
+        self.points: list[tuple[str, float, int]] = []
+        self.beats = 0
+
+    def log(self, points: Any) -> None:
+        self.points += points
+
+    def beat(self) -> None:
+        self.beats += 1
+
+
+def test_progress_moves_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes done and the rate since the last point, by seconds of work; then all bytes at the end."""
+    from jobs.tracking import recorder
+    from jobs.tracking.recorder import Recorder
+
+    now = 0.0
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: now)
+    watched: list[str] = []
+    monkeypatch.setattr(recorder, "system_monitor", lambda run, uri: watched.append(run) or Finished())
+    mine, run = Recorder(), Logged()
+
+    class Finished:
+        def finish(self) -> None:
+            watched.append("finished")
+
+    ends = iter([False] * 3 + [True])
+
+    def pulse(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        mine.count(2_000_000_000)
+        return next(ends)
+
+    now = 1.0
+    mine.count(0)
+    mine._alive[run.run_id] = run  # type: ignore[assignment]
+    monkeypatch.setattr(mine._stop, "wait", pulse)
+    mine._pulse()
+    steps = [(round(value / 1e9, 3), step) for name, value, step in run.points if name == "progress/bytes_done"]
+    rates = [round(value, 3) for name, value, _ in run.points if name == "progress/gigabytes_per_second"]
+    assert steps == [(2, 10), (4, 20), (6, 30)]
+    assert rates == [0.2, 0.2, 0.2]
+    assert run.beats == 1
+    mine.ended(run)  # type: ignore[arg-type]
+    assert run.points[-1] == ("progress/bytes_done", 8e9, 41)
+    assert watched == ["run", "finished"]
+    mine.pool.shutdown()
+
+
+def test_a_short_job_has_its_progress_too(store: Path, source: Path, tmp_path: Path, weightmill: Any) -> None:
+    _, found = run(store, weightmill, source, tmp_path / "short", "unit_mb=0.05")
+    assert found.data.metrics["progress/bytes_done"] == found.data.metrics["load/bytes"]
+    assert found.data.metrics["progress/gigabytes_per_second"] > 0

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.cli.compose import compose, take_apart
 from jobs.spec.job import JobSpec
-from jobs.tracking.run import mlflow_client
+from jobs.tracking.mlflow_run import mlflow_client
 from jobs.tracking.sources import Lookup, located
 from loaders.errors import BadSpec
 from loaders.loading.load import load_weights

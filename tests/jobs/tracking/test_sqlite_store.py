@@ -13,7 +13,8 @@ import pytest
 
 from jobs.orchestration import job as jobs_job
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.run import mlflow_client, open_run
+from jobs.tracking.mlflow_run import mlflow_client
+from jobs.tracking.run import open_run
 from jobs.tracking.sqlite_store import whole_store
 from loaders.errors import StorageError
 from tests.making import write_checkpoint
