@@ -60,7 +60,7 @@ def _numbers(report: Report) -> Iterator[tuple[str, str]]:
     total = report.totals
     before = total.source_bytes * 8 / max(1, total.parameters)
     yield size(total.output_bytes), f"of {size(total.source_bytes)}: {times(total.ratio)}"
-    yield f"{total.bits_per_weight:.2f}", f"bits a weight, before {before:.2f}"
+    yield f"{total.bits_per_weight:.2f}", f"bits per weight, before {before:.2f}"
     yield f"{total.parameters:,}", "parameters"
     yield number(total.relative_error), "relative error over all weights"
     if total.sqnr_db is not None:
@@ -120,7 +120,7 @@ def _roles(report: Report) -> Iterator[str]:
          number(each.sqnr_db, 2), number(each.worst.relative_error if each.worst else 0.0))
         for role, each in report.damage.roles.items()
     ]  # fmt: skip
-    columns = ("changed tensors", "-number", "-weights", "-bits a weight", "-relative error", "-SQNR dB",
+    columns = ("changed tensors", "-number", "-weights", "-bits per weight", "-relative error", "-SQNR dB",
                "-the worst's error")  # fmt: skip
     yield html.table(columns, cells)
     yield html.tag("p", "An error is sqrt(sum (x - y)^2 / sum x^2) of the weights x and the decoded ones y.", "dim")
@@ -128,7 +128,7 @@ def _roles(report: Report) -> Iterator[str]:
 
 def _worst(report: Report) -> Iterator[str]:
     found = worst_of(report.tensors, MOST_TENSORS)
-    columns = ("tensor", "role", "shape", "-bits a weight", "-relative error", "-SQNR dB", "-max error")
+    columns = ("tensor", "role", "shape", "-bits per weight", "-relative error", "-SQNR dB", "-max error")
     if found:
         yield html.table(columns, map(_tensor, found))
 

@@ -50,7 +50,7 @@ def mix_by_layer(report: Report) -> str | None:
     means = {place: sum(found) / len(found) for place, found in bits.items()}
     if not means or max(means.values()) - min(means.values()) < MIXED:
         return None
-    return charts.grid(means, "bits a weight")
+    return charts.grid(means, "bits per weight")
 
 
 def size_and_error(jobs: Sequence[ComparedJob], front: Sequence[str], error: str) -> str | None:
@@ -59,7 +59,7 @@ def size_and_error(jobs: Sequence[ComparedJob], front: Sequence[str], error: str
     if not drawn:
         return None
     points = [charts.Point(job.name, job.metrics[BITS], job.metrics[error], _interval(job, error)) for job in drawn]
-    return charts.scatter(points, front, "bits a weight", WORDS.get(error, error))
+    return charts.scatter(points, front, "bits per weight", WORDS.get(error, error))
 
 
 WORDS = {"error/relative": "relative error", KL: "KL divergence, nats a token"}

@@ -87,7 +87,7 @@ def _description(sweep: str, by_source: Mapping[str, Comparison], experiment: st
     lines = []
     for source, compared in by_source.items():
         lines += [f"{counted(len(compared.jobs), 'job')} of `{source.replace('`', chr(39))}`", ""]
-        lines += ["| job | status | bits a weight | " + compared.error + " | |", "|---|---|---|---|---|"]
+        lines += ["| job | status | bits per weight | " + compared.error + " | |", "|---|---|---|---|---|"]
         lines += [_row(job, compared, experiment) for job in compared.jobs] + [""]
     view = f"#/experiments/{experiment}/runs?{TRAINING}&compareRunsMode=CHART&viewStateShareKey={quote(sweep)}"
     return "\n".join(
