@@ -37,6 +37,9 @@ PICKLE_KEY = (1 << 31) - 1  # the largest whole number as a key of a dict: those
 PICKLE_OPS, PICKLE_OPS_PER_MEMBER, PICKLE_LEGACY_OPS = 1 << 18, 256, 1 << 20
 ZIP_DIRECTORY = 256 << 20  # bytes of a zip's directory: MOST_MEMBERS of some 100 bytes
 ZIP_MEMBERS = 2 * MOST_TENSORS  # a storage for each tensor, and files beside them
+# Times that a PyTorch file's bytes may be a tensor's: as views, such as a matrix beside its transposed self, and under
+# several names, such as those of layers that are one. More would be an output out of proportion to its source.
+PICKLE_VIEWS, PICKLE_SHARED = 4, 64
 PACKED_EXPERTS = 65_536  # of a layer
 TINY = 1 << 20  # bytes up to which a tensor may claim more numbers than its file holds, as an expanded view does
 
