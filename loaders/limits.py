@@ -12,6 +12,10 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint
 
+# --- files
+
+MOST_FILES = 100_000  # in a checkpoint's folder; the largest published have a few thousand
+
 # --- tensors
 
 MOST_TENSORS = 600_000  # of a checkpoint: several times those of models with a tensor for each of some hundred experts

@@ -14,6 +14,8 @@ from loaders.tensors.quantized_sources.consistency import stale
 from loaders.tensors.sources import Sources
 from loaders.words import counted
 
+SHOWN = 100  # names of other files
+
 
 def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, Any]:
     """Describe a checkpoint, its files and all its tensors as JSON."""
@@ -73,7 +75,9 @@ def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> Render
         + (f", quantized by {document['quantization']}" if document["quantization"] else "")
     )
     ties = [f"{pair['tied']} is tied to {pair['kept']}" for pair in document["tied"]]
-    aux = f"other files: {', '.join(document['aux']) or 'none'}"
+    names = document["aux"]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    aux = f"other files: {', '.join(names[:SHOWN]) or 'none'}{more}"
     shown = _every_tensor(document) if all_tensors else _by_role(document)
     parts = [_by_component(document)] if document["components"] else []
     return Group(head, *parts, shown, *ties, aux, *document["notes"])

@@ -27,7 +27,7 @@ from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, 
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.limits import JSON_CONFIG
+from loaders.limits import JSON_CONFIG, MOST_FILES
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
@@ -157,6 +157,11 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
+    if len(everything) > MOST_FILES:
+        raise BadCheckpoint(
+            f"{store.address}: {len(everything)} files, at most {MOST_FILES} are looked through; give the folder that"
+            " has nothing but the model"
+        )
     if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index, headers)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
@@ -174,7 +179,8 @@ def open_checkpoint(
         raise BadSpec(adapter_alone(source, key))
     files = tuple(source.entry(name) for name in names)
     aux = find_aux(source, everything)
-    source.pin(entry for entry in everything if entry.name in {*aux})
+    copied = {*aux}
+    source.pin(entry for entry in everything if entry.name in copied)
     return Checkpoint(
         source=source,
         container=chosen.container,
