@@ -341,9 +341,6 @@ def _nothing(source: PinnedFiles, everything: Sequence[Entry], container: str, k
         return f"{said} {name}, {kind.what}; {kind.instead}"
     if inner:
         return f"{said} weights in its sub-folders only: {some(inner)}; give the one that is wanted"
-    broken = {e.name for e in source.store.list(every=True) if "/" not in e.name and e.name.endswith(ALL_SUFFIXES)}
-    if unread := sorted(broken - set(names)):
-        return f"{said} {some(unread)}, which cannot be read: a link to a file that is not there? fetch it again"
     others = [name for name in names if "/" not in name and name.endswith(WEIGHT_SUFFIXES)]
     top = sum("/" not in name for name in names)
     return f"{said} {f'{len(others)} other weight files ({some(others)})' if others else f'{top} files'}"

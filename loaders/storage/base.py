@@ -73,10 +73,11 @@ class Store(Protocol):
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         """List the files, sorted by name, including those of sub-folders if `deep`. Empty if nothing exists.
 
-        Folders of tools (.git, ...) and what is not a regular file are left out, unless `every` is set.
+        Folders of tools (.git, ...) are left out, unless `every` is set.
 
         Raises:
             StorageError: the store cannot be listed.
+            BadCheckpoint: a FIFO, a socket, a device or a link to nothing is there, and `every` is not set.
         """
         ...
 

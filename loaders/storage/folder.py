@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from loaders.errors import BadCheckpoint, StorageError, io_errors
@@ -44,29 +47,36 @@ class Folder:
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         if not self.path.is_dir():
             return ()
-        with io_errors("looking into", self.path):
-            if deep:
-                return tuple(self._entry(name) for name in sorted(self._walk(every)))
-            return tuple(
-                self._entry(e.name) for e in sorted(os.scandir(self.path), key=lambda e: e.name) if e.is_file()
-            )
+        return tuple(sorted(self._walk(deep, every)))
 
-    def _walk(self, every: bool) -> Iterator[str]:
-        for folder, folders, names in os.walk(self.path, onerror=_refuse):
-            if not every:
-                folders[:] = [name for name in folders if name not in SKIPPED]
-            # os.walk does not follow linked folders, which could lead out of the checkpoint or in a circle. They are
-            # listed as entries, so that `check_inside` refuses them instead of their files being lost in silence.
-            links = [name for name in folders if (Path(folder) / name).is_symlink()]
-            for path in (Path(folder) / name for name in (*names, *links)):
-                if every or path.is_file() or path.name in links:
-                    yield path.relative_to(self.path).as_posix()
+    def _walk(self, deep: bool, every: bool) -> Iterator[Entry]:
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            # It may go away meanwhile; one that cannot be read is no empty one.
+            looking = io_errors("looking into", self.path / folder)
+            with looking, suppress(FileNotFoundError), os.scandir(self.path / folder) as found:
+                for each in found:
+                    if each.name in SKIPPED and not every and each.is_dir():
+                        continue
+                    if each.is_dir(follow_symlinks=False):
+                        waiting += [f"{folder}{each.name}/"] if deep else []
+                    # What else lies beside a single file is not the model's, sockets in /tmp for instance.
+                    elif deep or every or each.is_file():
+                        yield from self._listed(folder + each.name, each, every)
 
-    def _entry(self, name: str) -> Entry:
-        path = self.path / name
-        # A dangling link has no status but its own.
-        status = path.stat() if path.exists() else path.lstat()
-        return Entry(name, status.st_size, str(status.st_mtime_ns))
+    def _listed(self, name: str, each: os.DirEntry[str], every: bool) -> Iterator[Entry]:
+        """Yield the entry of what is no folder, unless it has gone meanwhile.
+
+        Raises:
+            BadCheckpoint: it is no file, and not `every` is listed. A linked folder, which could lead out of the
+                checkpoint or in a circle, has an entry, and is refused by `check_inside` where it matters.
+        """
+        with suppress(FileNotFoundError):
+            status = _status_of(each)
+            if not every and not stat.S_ISDIR(status.st_mode):
+                _check_file(self.path / name, status)
+            yield _entry(name, status)
 
     def entry_of(self, name: str) -> Entry:
         """Return the entry of a file that must exist.
@@ -75,13 +85,24 @@ class Folder:
             StorageError: it does not exist, or no longer.
         """
         with io_errors("looking at", self.path / name):
-            status = (self.path / name).stat()
-        return Entry(name, status.st_size, str(status.st_mtime_ns))
+            return _entry(name, (self.path / name).stat())
 
     def find(self, name: str) -> Entry | None:
+        """Look up a file as `Store.find`.
+
+        Raises:
+            BadCheckpoint: what has the name is neither a file nor a folder.
+        """
         path = self._inner(name)
         with io_errors("looking at", path):
-            return self._entry(name) if path.is_file() else None
+            try:
+                status = _status_of(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        _check_file(path, status)
+        return _entry(name, status)
 
     def _inner(self, name: str) -> Path:
         """Return the path of a name that may come from an untrusted file, such as an index.
@@ -166,9 +187,33 @@ def check_name(name: str) -> None:
         raise BadCheckpoint(f"{said}: the name is no UTF-8; give the file another, or move it away") from None
 
 
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be read is no empty one."""
-    if isinstance(error, FileNotFoundError):  # it went away meanwhile
-        return
-    with io_errors("looking into", error.filename):
-        raise error
+def _entry(name: str, status: os.stat_result) -> Entry:
+    return Entry(name, status.st_size, str(status.st_mtime_ns))
+
+
+def _status_of(path: Path | os.DirEntry[str]) -> os.stat_result:
+    """Return the status of what a path leads to, of a link to nothing its own.
+
+    Raises:
+        OSError: nothing is there, or it cannot be seen.
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return path.lstat() if isinstance(path, Path) else path.stat(follow_symlinks=False)
+
+
+NO_FILES = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link to a file that is not there",
+}  # fmt: skip
+
+
+def _check_file(path: Path, status: os.stat_result) -> None:
+    """Raise BadCheckpoint unless a status is a file's. To leave out what is none would lose in silence what it hides."""
+    if not stat.S_ISREG(status.st_mode):
+        what = NO_FILES.get(stat.S_IFMT(status.st_mode), "nothing known")
+        advice = "fetch it again, or remove it" if stat.S_ISLNK(status.st_mode) else "move it out of the checkpoint"
+        raise BadCheckpoint(f"{path}: expected a file, found {what}; {advice}")
