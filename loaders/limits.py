@@ -15,6 +15,7 @@ from loaders.errors import BadCheckpoint
 # --- files
 
 MOST_FILES = 100_000  # in a checkpoint's folder; the largest published have a few thousand
+MOST_FOLDERS = 100  # one in another: what walks through or removes folders calls itself for each
 
 # --- tensors
 

@@ -27,7 +27,7 @@ from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, 
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.limits import JSON_CONFIG, MOST_FILES
+from loaders.limits import JSON_CONFIG, MOST_FILES, MOST_FOLDERS, shown
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
@@ -157,11 +157,7 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
-    if len(everything) > MOST_FILES:
-        raise BadCheckpoint(
-            f"{store.address}: {len(everything)} files, at most {MOST_FILES} are looked through; give the folder that"
-            " has nothing but the model"
-        )
+    _check_listed(store, everything)
     if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index, headers)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
@@ -190,6 +186,21 @@ def open_checkpoint(
         aux=aux,
         notes=(*chosen.notes, *notes),
     )
+
+
+def _check_listed(store: Store, everything: Sequence[Entry]) -> None:
+    """Raise BadCheckpoint if a folder holds more than any model has."""
+    if len(everything) > MOST_FILES:
+        raise BadCheckpoint(
+            f"{store.address}: {len(everything)} files, at most {MOST_FILES} are looked through; give the folder that"
+            " has nothing but the model"
+        )
+    deepest = max((entry.name for entry in everything), key=lambda name: name.count("/"), default="")
+    if deepest.count("/") > MOST_FOLDERS:
+        raise BadCheckpoint(
+            f"{store.address}: {shown(deepest)} lies {deepest.count('/')} folders deep, at most {MOST_FOLDERS} are"
+            " looked through; move it away"
+        )
 
 
 def _open_pipeline(

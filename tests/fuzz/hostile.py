@@ -15,7 +15,7 @@ LINES = FOLDER / "cases.jsonl"
 
 @dataclass(frozen=True)
 class Kept:
-    """A case, and what it was when it was found. One `is_refused` must be, of the others it is right too to read them."""
+    """A case, and what it was when it was found. One `is_refused` must be; the others may be read as well."""
 
     reader: str
     name: str

@@ -267,6 +267,15 @@ def test_too_many_files_are_not_looked_through(tmp_path: Path, monkeypatch: pyte
         open_checkpoint(write_checkpoint(tmp_path / "m", shards=3))
 
 
+def test_folders_in_one_another_are_looked_through_only_so_deep(tmp_path: Path) -> None:
+    deep = write_checkpoint(tmp_path / "deep") / "/".join("d" * 101)
+    deep.mkdir(parents=True)
+    assert open_checkpoint(tmp_path / "deep")
+    (deep / "a").touch()
+    with pytest.raises(BadCheckpoint, match="lies 101 folders deep, at most 100 are looked through"):
+        open_checkpoint(tmp_path / "deep")
+
+
 @pytest.mark.parametrize("where", [lambda hub: hub / "link", lambda hub: hub / "models--x/snapshots/abc/inner"])
 def test_a_snapshot_is_read_behind_a_link_and_from_a_folder_in_it(
     tmp_path: Path, where: Callable[[Path], Path]
