@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
-from loaders.checkpoints.aux_files import INDEX_SUFFIX, find_aux, is_weights
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, check_links, find_aux, is_weights
 from loaders.checkpoints.config_types import check_config
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
@@ -158,6 +158,7 @@ def open_checkpoint(
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
     _check_listed(store, everything)
+    links = check_links(store, everything)
     if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index, headers)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
@@ -174,7 +175,7 @@ def open_checkpoint(
     if is_adapter(weights):
         raise BadSpec(adapter_alone(source, key))
     files = tuple(source.entry(name) for name in names)
-    aux = find_aux(source, everything)
+    aux = find_aux(everything)
     copied = {*aux}
     source.pin(entry for entry in everything if entry.name in copied)
     return Checkpoint(
@@ -184,7 +185,7 @@ def open_checkpoint(
         weights=weights,
         config=config,
         aux=aux,
-        notes=(*chosen.notes, *notes),
+        notes=(*chosen.notes, *notes, *links),
     )
 
 
@@ -227,7 +228,7 @@ def _open_pipeline(
         files=tuple(source.entry(tag.name) for tag in files),
         weights=tuple(pipeline.within(part, spec) for part, each in parts.items() for spec in each.weights),
         config=model_index,
-        aux=find_aux(source, everything),
+        aux=find_aux(everything),
         notes=(
             *(f"{part}: {note}" for part, each in parts.items() for note in each.notes),
             *pipeline.passed_over(everything, tuple(parts)),

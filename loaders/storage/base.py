@@ -85,11 +85,14 @@ class Store(Protocol):
         """Look up a file by name; None if it does not exist."""
         ...
 
-    def check_inside(self, name: str) -> None:
-        """Check that a file's bytes are inside the store.
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        """Check that a file's bytes are inside the store; returns where they are if they are not, and None if they are.
+
+        Only if it `may_leave` may it be a symbolic link to a file elsewhere: one that has the same suffix, or a hash
+        for its name.
 
         Raises:
-            BadCheckpoint: the file is a symbolic link that leads out of the store's folder.
+            BadCheckpoint: the file is another symbolic link that leads out of the store's folder.
         """
         ...
 

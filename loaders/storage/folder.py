@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from loaders.storage.base import Entry, Range
 
 # Folders that tools make (git, the Hub's client, Python, Jupyter); they are not part of a checkpoint.
 SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
-
+# A file that a store of contents (the Hub's cache, DVC) names by its hash, or by all but its first digits.
+HASH = re.compile(r"[0-9a-f]{28,128}")
 
 # What `absence` says of a file, in every kind of store.
 A_FILE = "a file; give the folder it lies in, or a file of weights: .safetensors, .gguf, .bin, .pt or .pth"
@@ -91,10 +93,12 @@ class Folder:
         """Look up a file as `Store.find`.
 
         Raises:
-            BadCheckpoint: what has the name is neither a file nor a folder.
+            BadCheckpoint: what has the name is neither a file nor a folder, or lies behind a linked folder.
         """
         path = self._inner(name)
         with io_errors("looking at", path):
+            if "/" in name and not path.parent.resolve().is_relative_to(self.path.resolve()):
+                raise BadCheckpoint(f"{name}: a linked folder leads out of {self.path}; its files are not followed")
             try:
                 status = _status_of(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -116,8 +120,8 @@ class Folder:
         check_name(name)
         return self.path / name
 
-    def check_inside(self, name: str) -> None:
-        """Check a file as `Store.check_inside`. Links of the Hub's cache, from snapshots/ to blobs/, are accepted."""
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        """Check a file as `Store.check_inside`. Links of the Hub's cache, from snapshots/ to blobs/, are inside."""
         path = self.path / name
         check_name(name)
         if path.exists() and not may(path, os.R_OK):
@@ -125,15 +129,18 @@ class Folder:
                 f"reading {path}: Permission denied; check who owns it, or move it out of the checkpoint"
             )
         if not path.is_symlink():
-            return
+            return None
         if path.is_dir():
             raise BadCheckpoint(f"{path}: a linked folder; its files are not followed: copy it in")
         root, target = self.path.resolve(), path.resolve()
         # The folder itself may be a link to a snapshot, or a folder within one.
         caches = [above.parent for above in root.parents if above.name == "snapshots"]
         in_cache = any(target.is_relative_to((cache / "blobs").resolve()) for cache in caches)
-        if not in_cache and not target.is_relative_to(root):
-            raise BadCheckpoint(f"{name}: it links to {target}, outside the checkpoint; copy it in")
+        if in_cache or target.is_relative_to(root):
+            return None
+        if may_leave and (target.suffix == path.suffix or HASH.fullmatch(target.name)):
+            return str(target)
+        raise BadCheckpoint(f"{name}: it links to {target}, outside the checkpoint; copy it in")
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         path, data = self._inner(entry.name), memoryview(bytearray(stop - start))
@@ -212,7 +219,7 @@ NO_FILES = {
 
 
 def _check_file(path: Path, status: os.stat_result) -> None:
-    """Raise BadCheckpoint unless a status is a file's. To leave out what is none would lose in silence what it hides."""
+    """Raise BadCheckpoint unless a status is a file's. What is none hides a file that would be lost in silence."""
     if not stat.S_ISREG(status.st_mode):
         what = NO_FILES.get(stat.S_IFMT(status.st_mode), "nothing known")
         advice = "fetch it again, or remove it" if stat.S_ISLNK(status.st_mode) else "move it out of the checkpoint"

@@ -193,8 +193,8 @@ class CachedStore:
     def find(self, name: str) -> Entry | None:
         return self._store.find(name)
 
-    def check_inside(self, name: str) -> None:
-        self._store.check_inside(name)
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        return self._store.check_inside(name, may_leave=may_leave)
 
     def check_unchanged(self, entry: Entry) -> None:
         self._store.check_unchanged(entry)
