@@ -26,6 +26,9 @@ class SweepFolders:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
             _lock(folder, self._locks)
+            # One that a killed sweep of the same second left is this sweep's now.
+            if folder.parent.name.startswith("."):
+                self._made.add(folder)
         for other in folder.parent.iterdir() if folder.parent.name.startswith(".") else ():
             with ExitStack() as lock, suppress(OSError):
                 _lock(other, lock)

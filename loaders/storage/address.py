@@ -17,7 +17,7 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
 # A URL but for a slash that was forgotten, or that pathlib took away, or a scheme in capitals: s3:/BUCKET, S3://BUCKET.
 SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):/+(.*)", re.DOTALL)
 HIDDEN = "***"  # what stands for a secret where an address is shown
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#;]*)(;[^\s?#]*)?(\?[^\s#]*)?(#[^\s]*=[^\s]*)?")
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#;]*)(;[^\s?#]+)?(\?[^\s#]*)?(#[^\s]*=[^\s]*)?")
 # A user and password where a host is expected, wherever that is in a text, and however its slashes were written; what
 # follows the colon is no port.
 LOGIN = re.compile(r"([/\\]{2,}|\b[A-Za-z][A-Za-z0-9+.\-]+:[/\\]+)[^\s/\\:@]*:(?!\d+[/\\])[^\s@]*@")

@@ -6,6 +6,7 @@ through which a job would write, publish or remove other files.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -24,7 +25,10 @@ def make_own(folder: Path, within: Sequence[str] = ()) -> None:
         StorageError: it cannot be made.
     """
     with io_errors("making", folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
         # With this right nobody else reaches what is in it, whatever rights that has.
         _make(folder, 0o700)
         _check(folder)

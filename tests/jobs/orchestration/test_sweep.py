@@ -16,6 +16,7 @@ import pytest
 
 import jobs.execution.unit
 from jobs.cli.compose import Composed, Request
+from jobs.cli.sweep_folders import SweepFolders
 from jobs.orchestration.refusals import command, grids
 from jobs.output.journal import Journal
 from loaders.errors import StorageError
@@ -43,6 +44,16 @@ def test_a_sweep_removes_the_folders_of_those_that_were_killed_and_of_no_others(
     weightmill("run", "-m", f"model.path={source}", f"output.root={tmp_path / 'o'}", "quant=nf4,ternary")
     os.close(alive)
     assert {path.name for path in sweeps.iterdir()} == {"alive", "of_a_user"}
+
+
+def test_a_folder_that_a_killed_sweep_of_the_same_second_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / ".sweeps" / "2026-01-01_00-00-00"
+    folder.mkdir(parents=True)
+    (folder / "multirun.yaml").touch()
+    again = SweepFolders()
+    again.begin(folder)
+    again.end()
+    assert not folder.parent.exists()
 
 
 REPORT = "weightmill.json"
