@@ -17,8 +17,9 @@ from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.limits import JSON_CONFIG
-from loaders.storage.base import Entry, PinnedFiles, may_be_newer
+from loaders.storage.base import Entry, PinnedFiles
 from loaders.storage.json_files import read_json
+from loaders.storage.times import may_be_newer
 
 ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
 SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")

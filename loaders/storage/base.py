@@ -288,12 +288,6 @@ class Abandoned:
     is_held: bool  # whether a process holds its lock, so the job is running
 
 
-def may_be_newer(store: Store, one: Entry, other: Entry) -> bool:
-    """Whether a file may have changed after another: files of folders have times as tags, others have not."""
-    is_known = store.is_local and one.tag.isdigit() and other.tag.isdigit()
-    return not is_known or int(one.tag) >= int(other.tag)
-
-
 class PinnedFiles:
     """Files of a store, each pinned to the version that was seen first.
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
+from loaders.storage.times import modified
 
 # Folders that tools make (git, the Hub's client, Python, Jupyter); they are not part of a checkpoint.
 SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
@@ -24,7 +25,11 @@ A_FILE = "a file; give the folder it lies in, or a file of weights: .safetensors
 
 
 class Folder:
-    """A `Store` of the files in a local folder. A file's tag is its mtime in nanoseconds."""
+    """A `Store` of the files in a local folder. A file's tag is its mtime and ctime in nanoseconds.
+
+    Programs can set an mtime, so that a file may be replaced or written to and have the size and mtime that it had.
+    The ctime is the kernel's own. It is another one in a copy, which so is another version of the file.
+    """
 
     is_local = True
 
@@ -166,11 +171,14 @@ class Folder:
             self._check_same(entry, os.stat(path))  # noqa: PTH116
 
     def _check_same(self, entry: Entry, status: os.stat_result) -> None:
-        if (status.st_size, str(status.st_mtime_ns)) != (entry.size, entry.tag):
-            raise BadCheckpoint(
-                f"{entry.name}: it changed while it was read: {entry.size} bytes when its headers were,"
-                f" {status.st_size} now; load it again when nobody writes to it"
-            )
+        if (status.st_size, tag_of(status)) == (entry.size, entry.tag):
+            return
+        what = f"{entry.size} bytes when its headers were, {status.st_size} now"
+        if status.st_size == entry.size and modified(entry.tag) == status.st_mtime_ns:
+            what = "its size and mtime are the same, but it was replaced, or its rights or links changed"
+        raise BadCheckpoint(
+            f"{entry.name}: it changed while it was read: {what}; load it again when nobody writes to it"
+        )
 
     def local_path(self, name: str) -> Path | None:
         return self.path / name
@@ -194,8 +202,13 @@ def check_name(name: str) -> None:
         raise BadCheckpoint(f"{said}: the name is no UTF-8; give the file another, or move it away") from None
 
 
+def tag_of(status: os.stat_result) -> str:
+    """Return the tag of a file's version."""
+    return f"{status.st_mtime_ns} {status.st_ctime_ns}"
+
+
 def _entry(name: str, status: os.stat_result) -> Entry:
-    return Entry(name, status.st_size, str(status.st_mtime_ns))
+    return Entry(name, status.st_size, tag_of(status))
 
 
 def _status_of(path: Path | os.DirEntry[str]) -> os.stat_result:
