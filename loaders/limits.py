@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loaders.errors import BadCheckpoint
+from loaders.words import LINE_BREAK
 
 # --- files
 
@@ -91,7 +92,7 @@ def check_name(name: object, where: str = "") -> str:
     """Return the name of a tensor, if it is one; `where`, a file, begins the message.
 
     Raises:
-        BadCheckpoint: it is no text, empty, or longer than LONGEST_NAME.
+        BadCheckpoint: it is no text, empty, longer than LONGEST_NAME, or of several lines.
     """
     place = f"{where}: " if where else ""
     if not isinstance(name, str) or not name:
@@ -106,6 +107,8 @@ def check_name(name: object, where: str = "") -> str:
             f"{place}the name {shown(name)} has {size} bytes and {name.count('.') + 1} parts; at most {LONGEST_NAME}"
             f" and {NAME_PARTS} are read"
         )
+    if LINE_BREAK.search(name):
+        raise BadCheckpoint(f"{place}the name {shown(name)} has a line break, which no model's has; rename the tensor")
     return name
 
 

@@ -22,7 +22,7 @@ from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
 from loaders.storage.address import without_secrets
 from loaders.storage.settings import use
-from loaders.words import UNSHOWN, shown
+from loaders.words import UNSHOWN, in_a_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -161,7 +161,7 @@ def _is_bare(word: str) -> bool:
 
 def note(text: str) -> None:
     """Print a note for the user on standard error."""
-    console(sys.stderr).print(without_secrets(text), soft_wrap=True)
+    console(sys.stderr).print(in_a_line(without_secrets(text)), soft_wrap=True)
 
 
 def show(text: RenderableType) -> None:
@@ -202,7 +202,7 @@ def leave(status: int) -> NoReturn:
 
 def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
     # What a user typed may be quoted, and what libraries say.
-    problems = [shown(without_secrets(problem)) for problem in problems]
+    problems = [in_a_line(without_secrets(problem)) for problem in problems]
     if as_json:
         _print_json({"status": "failed", "exit_status": status, "problems": problems})
     lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")

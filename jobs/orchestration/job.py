@@ -30,6 +30,7 @@ from jobs.report.document import make_report
 from jobs.report.metrics import quality_metrics
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
+from jobs.report.tables import in_a_line
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
@@ -361,6 +362,6 @@ def _said(planned: Planned, report: Report, address: str | None, untracked: str)
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
     shown = [result.findings_text(report.lint)] if report.lint else []
-    let_pass = [Text(f"warning: {w}", style="yellow") for w in report.warnings if w.endswith(": let pass")]
+    let_pass = [Text(in_a_line(f"warning: {w}"), style="yellow") for w in report.warnings if w.endswith(": let pass")]
     text = Group(result.result_text(report), *let_pass, *shown, *lines)
     return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jobs.output.report import Report
 from jobs.report.metrics import error_by_layer, metrics
-from jobs.report.tables import table
+from jobs.report.tables import in_a_line, table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
@@ -150,7 +150,7 @@ class Comparison:
         for job in self.jobs:
             style = "" if job.status == "done" else "yellow" if job.status == "running" else "red"
             star = "*" if job.name in self.front else ""
-            shown.add_row(star, job.name, Text(job.status_text, style=style), *self._cells(job))
+            shown.add_row(star, job.name, Text(in_a_line(job.status_text), style=style), *self._cells(job))
         return shown
 
     def _front_text(self) -> str:

@@ -55,7 +55,7 @@ from loaders.strategies.reading.cut_maps import end_by_name
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.uses import Uses
 from loaders.tensors.views import StoredRoles
-from loaders.words import counted
+from loaders.words import counted, in_a_line
 
 SHOWN = 10  # faults that the text lists before it counts the rest
 
@@ -315,6 +315,7 @@ def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality:
     if not faults:
         text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
         return Said(document, Group(text, *shown))
-    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}", *(f"  {fault}" for fault in faults[:SHOWN])]
+    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}"]
+    lines += [f"  {in_a_line(fault)}" for fault in faults[:SHOWN]]
     lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
     return Said(document, Group(*lines, *shown), FAILED)

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable
 
 from loaders.containers import CONTAINERS, packed
+from loaders.errors import BadCheckpoint
+from loaders.limits import shown
 from loaders.storage.base import OUR_REPORT, Entry, Store
-from loaders.words import counted
+from loaders.words import LINE_BREAK, counted
 
 # Weights of any container, including those that are not read here. They are never copied: an output with the weights of
 # its source beside its own would be twice as large, and an engine could load the wrong ones.
@@ -45,10 +47,12 @@ def check_links(store: Store, everything: Iterable[Entry]) -> list[str]:
     Links of weights may lead to weights elsewhere: folders of links to large files are common.
 
     Raises:
-        BadCheckpoint: one does. Links within the Hub's cache are accepted.
+        BadCheckpoint: one does, or a name has a line break. Links within the Hub's cache are accepted.
     """
     outside = {}
     for name in (entry.name for entry in everything):
+        if LINE_BREAK.search(name):
+            raise BadCheckpoint(f"{shown(name)}: the name has a line break; give the file another, or move it away")
         if name.rpartition("/")[2] != ".DS_Store":
             outside[name] = store.check_inside(name, may_leave=name.endswith(WEIGHT_SUFFIXES))
     found = [(name, where) for name, where in outside.items() if where is not None]
