@@ -11,6 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loaders.errors import BadCheckpoint
+from loaders.words import LINE_BREAK
+
+# --- files
+
+MOST_FILES = 100_000  # in a checkpoint's folder; the largest published have a few thousand
+MOST_FOLDERS = 100  # one in another: what walks through or removes folders calls itself for each
 
 # --- tensors
 
@@ -37,6 +43,9 @@ PICKLE_KEY = (1 << 31) - 1  # the largest whole number as a key of a dict: those
 PICKLE_OPS, PICKLE_OPS_PER_MEMBER, PICKLE_LEGACY_OPS = 1 << 18, 256, 1 << 20
 ZIP_DIRECTORY = 256 << 20  # bytes of a zip's directory: MOST_MEMBERS of some 100 bytes
 ZIP_MEMBERS = 2 * MOST_TENSORS  # a storage for each tensor, and files beside them
+# Times that a PyTorch file's bytes may be a tensor's: as views, such as a matrix beside its transposed self, and under
+# several names, such as those of layers that are one. More would be an output out of proportion to its source.
+PICKLE_VIEWS, PICKLE_SHARED = 4, 64
 PACKED_EXPERTS = 65_536  # of a layer
 TINY = 1 << 20  # bytes up to which a tensor may claim more numbers than its file holds, as an expanded view does
 
@@ -83,7 +92,7 @@ def check_name(name: object, where: str = "") -> str:
     """Return the name of a tensor, if it is one; `where`, a file, begins the message.
 
     Raises:
-        BadCheckpoint: it is no text, empty, or longer than LONGEST_NAME.
+        BadCheckpoint: it is no text, empty, longer than LONGEST_NAME, or of several lines.
     """
     place = f"{where}: " if where else ""
     if not isinstance(name, str) or not name:
@@ -98,6 +107,8 @@ def check_name(name: object, where: str = "") -> str:
             f"{place}the name {shown(name)} has {size} bytes and {name.count('.') + 1} parts; at most {LONGEST_NAME}"
             f" and {NAME_PARTS} are read"
         )
+    if LINE_BREAK.search(name):
+        raise BadCheckpoint(f"{place}the name {shown(name)} has a line break, which no model's has; rename the tensor")
     return name
 
 

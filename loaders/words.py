@@ -16,6 +16,15 @@ def shown(text: str) -> str:
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+# Where Python, or a terminal, ends a line.
+LINE_BREAK = re.compile("[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
+
+
+def in_a_line(text: str) -> str:
+    """Return a text as `shown` that takes one line, so that no words end the line or cell that they are in."""
+    return shown(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """Return a number with what it counts: `many` is the plural where it takes more than an s.
 

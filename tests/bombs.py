@@ -124,6 +124,13 @@ def packed(experts: int) -> Make:
     return make
 
 
+def many_files(folder: Path) -> None:
+    (folder / "0").touch()
+    for number in range(1, 40_000):
+        (folder / str(number)).hardlink_to(folder / "0")
+    safetensors(("{" + f'"a":{EMPTY}' + "}").encode())(folder)
+
+
 EMPTY = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 BOMBS: dict[str, tuple[Make, str]] = {
     "a name twice among many": (safetensors(entries(120_000, "0")[:-1] + b',"119999":0}'), "'119999' appears twice"),
@@ -178,6 +185,7 @@ BOMBS: dict[str, tuple[Make, str]] = {
     "a config of many values": (config(b'{"x":[' + b"0," * 4_000_000 + b"0]}"), "values, at most 1000000"),
     "a deep config": (config(b'{"a":' * 200_000 + b"1" + b"}" * 200_000), "nest too deep"),
     "layers without end": (config(b'{"model_type":"gemma3_text","num_hidden_layers":10000000000}'), "0 to 10000"),
+    "many files": (many_files, "opened"),
     "experts without end": (packed(20_000_000), "num_experts is 20000000, at most 65536"),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
 from loaders.storage.address import without_secrets
 from loaders.storage.settings import use
-from loaders.words import UNSHOWN, shown
+from loaders.words import UNSHOWN, in_a_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,10 +165,10 @@ def reach_stores(spec: BaseModel) -> None:
 def note(text: str) -> None:
     """Print a note for the user on standard error; on a terminal its lines end between words."""
     to = console(sys.stderr)
-    text = without_secrets(text)
+    text = in_a_line(without_secrets(text))
     if to.is_terminal:
         style: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-        text = "\n".join(part for line in text.splitlines() for part in wrap(line, to.width, **style))
+        text = "\n".join(wrap(text, to.width, **style))
     to.print(text, soft_wrap=True)
 
 
@@ -210,7 +210,7 @@ def leave(status: int) -> NoReturn:
 
 def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
     # What a user typed may be quoted, and what libraries say.
-    problems = [shown(without_secrets(problem)) for problem in problems]
+    problems = [in_a_line(without_secrets(problem)) for problem in problems]
     if as_json:
         _print_json({"status": "failed", "exit_status": status, "problems": problems})
     lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")

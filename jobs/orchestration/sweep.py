@@ -47,7 +47,7 @@ from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_PAGE
 from loaders.storage.hashes import text_digest
 from loaders.storage.settings import use
-from loaders.words import counted
+from loaders.words import counted, in_a_line
 
 UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
 
@@ -251,7 +251,8 @@ class Sweep:
         failed = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, WeightmillError)]
         if self._repeats:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
-        faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
+        said = {n: in_a_line(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}") for n in failed}
+        faults = [Text(said[n], style="bold red") for n in failed]
         pages: list[RenderableType] = [Text(f"page: {written}"), *([whole(page)] if page else [])]
         text = Group(f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(), *pages)
         document = {

@@ -47,7 +47,7 @@ def remove(found: Sequence[Abandoned]) -> None:
             except StorageError as error:
                 failures.append(str(error))
     if failures:
-        raise StorageError("\n".join(failures))
+        raise StorageError("; ".join(failures))
 
 
 def leftover_document(leftover: Abandoned, *, will_remove: bool) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Plan:
     def source_bytes(self) -> int:
         return sum(unit.source_bytes for unit in self.units)
 
-    @property
+    @cached_property
     def aux(self) -> tuple[str, ...]:
         """The auxiliary files that may be copied. If weights are decoded or quantized, those that describe the source's
         quantization are left out, since engines would believe them.
@@ -196,7 +196,8 @@ class Plan:
         """Return the auxiliary files that the target's layout wants."""
         layout = target.target.layout
         wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
-        return tuple(name for name in wanted if name in self.aux)
+        mine = {*self.aux}
+        return tuple(name for name in wanted if name in mine)
 
     @cached_property
     def parameters(self) -> int:

@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from jobs.report.tables import size, table
+from jobs.report.tables import in_a_line, size, table
 from loaders.architectures.diffusers import class_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.tensors.quantized_sources.consistency import stale
 from loaders.tensors.sources import Sources
 from loaders.words import counted
+
+SHOWN = 100  # names of other files
 
 
 def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _component(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> RenderableType:
     """Render the description of a checkpoint as tables: a summary by role, or every tensor."""
-    named = document["class"] or f"model_type {document['model_type']}"
+    named = in_a_line(document["class"] or f"model_type {document['model_type']}")
     head = (
         f"{document['path']}\n{document['family']} family ({named}),"
         f" {document['container']}, {counted(len(document['files']), 'file')},"
@@ -73,10 +75,12 @@ def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> Render
         + (f", quantized by {document['quantization']}" if document["quantization"] else "")
     )
     ties = [f"{pair['tied']} is tied to {pair['kept']}" for pair in document["tied"]]
-    aux = f"other files: {', '.join(document['aux']) or 'none'}"
+    names = document["aux"]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    aux = f"other files: {', '.join(names[:SHOWN]) or 'none'}{more}"
     shown = _every_tensor(document) if all_tensors else _by_role(document)
     parts = [_by_component(document)] if document["components"] else []
-    return Group(head, *parts, shown, *ties, aux, *document["notes"])
+    return Group(head, *parts, shown, *map(in_a_line, [*ties, aux, *document["notes"]]))
 
 
 def _by_component(document: Mapping[str, Any]) -> RenderableType:

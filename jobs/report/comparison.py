@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jobs.output.report import Report
 from jobs.report.metrics import error_by_layer, metrics
-from jobs.report.tables import table
+from jobs.report.tables import in_a_line, table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
@@ -168,7 +168,7 @@ class Comparison:
             style = "" if job.status == "done" else "yellow" if job.status == "running" else "red"
             star = "*" if job.name in self.front else ""
             shown.add_row(star, job.name, *self._cells(job), Text(job.status, style=style))
-        whys = [Text(f"{job.name} {job.status_text}", style="red") for job in self.jobs if job.why]
+        whys = [Text(in_a_line(f"{job.name} {job.status_text}"), style="red") for job in self.jobs if job.why]
         return Group(shown, *whys)
 
     def _front_text(self) -> str:

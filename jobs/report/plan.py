@@ -13,7 +13,7 @@ from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import adapter_of, source_of
 from jobs.report.tables import Table, size, table, times
 from jobs.spec.job import JobSpec
-from loaders.words import counted
+from loaders.words import counted, in_a_line
 
 MOST_FILES = 8  # files that a plan lists; of more, it lists the first SHOWN_FILES and the last
 SHOWN_FILES = 3
@@ -42,11 +42,12 @@ def plan_text(
         parts.append(_file_table(target, all_files=all_tensors))
     if all_tensors:
         parts.append(_tensor_table(target))
-    parts += [Text(f"note: {note}", style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
+    parts += [Text(in_a_line(f"note: {note}"), style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
     parts += [
-        Text(f"note: {dropped} is tied to {kept}: written once", style="cyan") for kept, dropped in plan.sources.tied
+        Text(in_a_line(f"note: {dropped} is tied to {kept}: written once"), style="cyan")
+        for kept, dropped in plan.sources.tied
     ]
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in target.warnings]
+    parts += [Text(in_a_line(f"warning: {warning}"), style="yellow") for warning in target.warnings]
     return Group(*parts)
 
 

@@ -14,12 +14,12 @@ from rich.cells import cell_len
 from rich.table import Table as Grid
 from rich.text import Text
 
-from loaders.words import shown, size
+from loaders.words import in_a_line, size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Table", "number", "size", "table", "times"]
+__all__ = ["Table", "in_a_line", "number", "size", "table", "times"]
 
 GAP = 2  # spaces between columns
 NAMES = 8  # the least width of folded names
@@ -55,8 +55,8 @@ class Table:
         self._right, self._prose, self._names, self._once = set(right), set(prose), set(names), once
 
     def add_row(self, *cells: Cell) -> None:
-        """Add a row; cells that are not given are empty. What a terminal would obey takes its place as an escape."""
-        said = [shown(cell) if isinstance(cell, str) else cell for cell in cells]
+        """Add a row; cells that are not given are empty. A text takes one line, whoever wrote it."""
+        said = [in_a_line(cell) if isinstance(cell, str) else cell for cell in cells]
         self.rows.append([*said, *[""] * (len(self.columns) - len(said))])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 
 from jobs.cli.progress import Meter
 from jobs.cli.verb import DONE, FAILED, Said
-from jobs.report.tables import table
+from jobs.report.tables import in_a_line, table
 from loaders.architectures.family import natural_key
 from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
@@ -169,7 +169,7 @@ def _text(document: dict[str, Any]) -> RenderableType:
         names = document[f"only_in_{side}"]
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
-            lines.append(f"only in {document[side]}: {', '.join(names[:8])}{more}")
+            lines.append(in_a_line(f"only in {document[side]}: {', '.join(names[:8])}{more}"))
     return Group(*lines)
 
 

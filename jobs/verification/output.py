@@ -58,7 +58,7 @@ from loaders.strategies.reading.cut_maps import end_by_name
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.uses import Uses
 from loaders.tensors.views import StoredRoles
-from loaders.words import counted
+from loaders.words import counted, in_a_line
 
 SHOWN = 10  # faults that the text lists before it counts the rest
 
@@ -340,7 +340,10 @@ def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality:
         text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
         return Said(document, Group(text, *shown))
     causes = by_cause(faults)
-    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}", *(f"  {cause}" for cause in causes[:SHOWN])]
+    lines = [
+        f"NOT right: {output}: {counted(len(faults), 'fault')}",
+        *(f"  {in_a_line(cause)}" for cause in causes[:SHOWN]),
+    ]
     lines += [f"  ... and {len(causes) - SHOWN} more"] if len(causes) > SHOWN else []
     lines += ["  format=json lists all"] if len(lines) <= len(faults) else []
     return Said(document, Group(*lines, *shown), FAILED)

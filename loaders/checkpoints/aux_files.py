@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 
 from loaders.containers import CONTAINERS, packed
-from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, PinnedFiles
+from loaders.errors import BadCheckpoint
+from loaders.limits import shown
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, Store
+from loaders.words import LINE_BREAK, counted
 
 # Weights of any container, including those that are not read here. They are never copied: an output with the weights of
 # its source beside its own would be twice as large, and an engine could load the wrong ones.
@@ -33,19 +36,31 @@ def is_weights(name: str) -> bool:
     return plain.endswith(WEIGHT_SUFFIXES) or plain.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
 
 
-def find_aux(files: PinnedFiles, everything: Iterable[Entry]) -> tuple[str, ...]:
-    """Return the auxiliary files among all files of a folder and its sub-folders, by their paths from the root.
+def find_aux(everything: Iterable[Entry]) -> tuple[str, ...]:
+    """Return the auxiliary files among all files of a folder and its sub-folders, by their paths from the root."""
+    names = (entry.name for entry in everything)
+    return tuple(n for n in names if not is_weights(n) and n not in NOT_AUX and n.rpartition("/")[2] != ".DS_Store")
+
+
+def check_links(store: Store, everything: Iterable[Entry]) -> list[str]:
+    """Check that no link leads out of a folder, before a byte of it is read; returns notes on those that may.
+
+    Links of weights may lead to weights elsewhere: folders of links to large files are common.
 
     Raises:
-        BadCheckpoint: a symbolic link leads out of the folder. Links within the Hub's cache are accepted.
+        BadCheckpoint: one does, or a name has a line break. Links within the Hub's cache are accepted.
     """
-    found = []
-    for entry in everything:
-        name = entry.name.rpartition("/")[2]
-        if not is_weights(name) and entry.name not in NOT_AUX and name != ".DS_Store":
-            files.store.check_inside(entry.name)
-            found.append(entry.name)
-    return tuple(found)
+    outside = {}
+    for name in (entry.name for entry in everything):
+        if LINE_BREAK.search(name):
+            raise BadCheckpoint(f"{shown(name)}: the name has a line break; give the file another, or move it away")
+        if name.rpartition("/")[2] != ".DS_Store":
+            outside[name] = store.check_inside(name, may_leave=name.endswith(WEIGHT_SUFFIXES))
+    found = [(name, where) for name, where in outside.items() if where is not None]
+    if not found:
+        return []
+    what = counted(len(found), "link of weights leads", "links of weights lead")
+    return [f"{what} out of the folder, {found[0][0]} to {found[0][1]}; what is there is read"]
 
 
 def aux_notes(everything: Iterable[Entry]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
-from loaders.checkpoints.aux_files import INDEX_SUFFIX, aux_notes, find_aux, is_weights
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, aux_notes, check_links, find_aux, is_weights
 from loaders.checkpoints.config_types import check_config
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
@@ -27,7 +27,7 @@ from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, 
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.limits import JSON_CONFIG
+from loaders.limits import JSON_CONFIG, MOST_FILES, MOST_FOLDERS, shown
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
@@ -163,6 +163,8 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
+    _check_listed(store, everything)
+    links = check_links(store, everything)
     if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index, headers)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
@@ -179,8 +181,9 @@ def open_checkpoint(
     if is_adapter(weights):
         raise BadSpec(adapter_alone(source, key))
     files = tuple(source.entry(name) for name in names)
-    aux = find_aux(source, everything)
-    source.pin(entry for entry in everything if entry.name in {*aux})
+    aux = find_aux(everything)
+    copied = {*aux}
+    source.pin(entry for entry in everything if entry.name in copied)
     return Checkpoint(
         source=source,
         container=chosen.container,
@@ -188,8 +191,23 @@ def open_checkpoint(
         weights=weights,
         config=config,
         aux=aux,
-        notes=(*chosen.notes, *notes, *aux_notes(everything)),
+        notes=(*chosen.notes, *notes, *links, *aux_notes(everything)),
     )
+
+
+def _check_listed(store: Store, everything: Sequence[Entry]) -> None:
+    """Raise BadCheckpoint if a folder holds more than any model has."""
+    if len(everything) > MOST_FILES:
+        raise BadCheckpoint(
+            f"{store.address}: {len(everything)} files, at most {MOST_FILES} are looked through; give the folder that"
+            " has nothing but the model"
+        )
+    deepest = max((entry.name for entry in everything), key=lambda name: name.count("/"), default="")
+    if deepest.count("/") > MOST_FOLDERS:
+        raise BadCheckpoint(
+            f"{store.address}: {shown(deepest)} lies {deepest.count('/')} folders deep, at most {MOST_FOLDERS} are"
+            " looked through; move it away"
+        )
 
 
 def _open_pipeline(
@@ -216,7 +234,7 @@ def _open_pipeline(
         files=tuple(source.entry(tag.name) for tag in files),
         weights=tuple(pipeline.within(part, spec) for part, each in parts.items() for spec in each.weights),
         config=model_index,
-        aux=find_aux(source, everything),
+        aux=find_aux(everything),
         notes=(
             *(f"{part}: {note}" for part, each in parts.items() for note in each.notes),
             *pipeline.passed_over(everything, tuple(parts)),

@@ -12,6 +12,7 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint
 from loaders.limits import CONFIG_DEPTH, CONFIG_LAYERS, CONFIG_NUMBER, SHOWN_CHARACTERS, shown
+from loaders.words import LINE_BREAK
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # what engines, and GGUF's metadata, hold of a number
 Check = Callable[[Any], bool]
@@ -30,7 +31,8 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """What is shown, and compared with words of one line."""
+    return isinstance(value, str) and not LINE_BREAK.search(value)
 
 
 def _is_block(value: Any) -> bool:
@@ -98,7 +100,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         ),
         *_rows(
             _is_text,
-            "a text",
+            "a line of text",
             """model_type quant_method quant_algo checkpoint_format packing_format kv_cache_quant_algo
             quantization_method topk_method scoring_func hidden_act mode""",
         ),
@@ -108,7 +110,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         *_rows(lambda value: value in ("bitlinear", "autobitlinear"), "bitlinear or autobitlinear", "linear_class"),
         *_rows(
             _list(_is_text),
-            "a list of texts",
+            "a list of lines of text",
             "architectures layer_types mlp_layer_types ignore modules_to_not_convert llm_int8_skip_modules targets"
             " exclude_modules indexer_types",
         ),

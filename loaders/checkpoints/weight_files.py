@@ -17,8 +17,9 @@ from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.limits import JSON_CONFIG
-from loaders.storage.base import Entry, PinnedFiles, may_be_newer
+from loaders.storage.base import Entry, PinnedFiles
 from loaders.storage.json_files import read_json
+from loaders.storage.times import may_be_newer
 
 ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
 SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")
@@ -341,9 +342,6 @@ def _nothing(source: PinnedFiles, everything: Sequence[Entry], container: str, k
         return f"{said} {name}, {kind.what}; {kind.instead}"
     if inner:
         return f"{said} weights in its sub-folders only: {some(inner)}; give the one that is wanted"
-    broken = {e.name for e in source.store.list(every=True) if "/" not in e.name and e.name.endswith(ALL_SUFFIXES)}
-    if unread := sorted(broken - set(names)):
-        return f"{said} {some(unread)}, which cannot be read: a link to a file that is not there? fetch it again"
     others = [name for name in names if "/" not in name and name.endswith(WEIGHT_SUFFIXES)]
     top = sum("/" not in name for name in names)
     return f"{said} {f'{len(others)} other weight files ({some(others)})' if others else f'{top} files'}"

@@ -15,7 +15,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, TypeVar
 
@@ -28,6 +28,8 @@ from loaders.limits import (
     PICKLE_LINE,
     PICKLE_OPS,
     PICKLE_OPS_PER_MEMBER,
+    PICKLE_SHARED,
+    PICKLE_VIEWS,
     TINY,
     ZIP_DIRECTORY,
     ZIP_MEMBERS,
@@ -72,7 +74,9 @@ def read_state(files: PinnedFiles, file: str) -> State:
         tensors, keys, beside = _state_dict(found)
         check_tensors(len(tensors), "it")
         specs = [_spec(check_name(name), tensor, file, places, size) for name, tensor in tensors.items()]
-        return State(_with_aliases(specs), keys, beside)
+        found_specs = _with_aliases(specs)
+        _check_sharing(found_specs, size)
+        return State(found_specs, keys, beside)
 
     return _read(files, file, state_of)
 
@@ -319,3 +323,15 @@ def _with_aliases(specs: list[WeightSpec]) -> tuple[WeightSpec, ...]:
         found.append(replace(spec, alias=first[key]) if is_shared else spec)
         first.setdefault(key, spec.name)
     return tuple(found)
+
+
+def _check_sharing(specs: Sequence[WeightSpec], size: int) -> None:
+    """Raise BadCheckpoint if the tensors of a file of `size` bytes have its bytes many times, each in a little view."""
+    views = sum(spec.dtype.item_bytes * spec.numel() for spec in specs if spec.alias is None)
+    whole = sum(spec.dtype.item_bytes * spec.numel() for spec in specs)
+    for what, taken, times in (("views", views, PICKLE_VIEWS), ("tensors", whole, PICKLE_SHARED)):
+        if taken > times * size + TINY:
+            raise BadCheckpoint(
+                f"its {what} have {taken} bytes in a file of {size}, at most {times} times as many are read; they share"
+                " storages: save each tensor as what it is (tensor.clone())"
+            )

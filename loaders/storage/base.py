@@ -74,10 +74,11 @@ class Store(Protocol):
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         """List the files, sorted by name, including those of sub-folders if `deep`. Empty if nothing exists.
 
-        Folders of tools (.git, ...) and what is not a regular file are left out, unless `every` is set.
+        Folders of tools (.git, ...) are left out, unless `every` is set.
 
         Raises:
             StorageError: the store cannot be listed.
+            BadCheckpoint: a FIFO, a socket, a device or a link to nothing is there, and `every` is not set.
         """
         ...
 
@@ -85,11 +86,14 @@ class Store(Protocol):
         """Look up a file by name; None if it does not exist."""
         ...
 
-    def check_inside(self, name: str) -> None:
-        """Check that a file's bytes are inside the store.
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        """Check that a file's bytes are inside the store; returns where they are if they are not, and None if they are.
+
+        Only if it `may_leave` may it be a symbolic link to a file elsewhere: one that has the same suffix, or a hash
+        for its name.
 
         Raises:
-            BadCheckpoint: the file is a symbolic link that leads out of the store's folder.
+            BadCheckpoint: the file is another symbolic link that leads out of the store's folder.
         """
         ...
 
@@ -283,12 +287,6 @@ class Abandoned:
     units_done: int
     age_s: float  # seconds since the newest file in it changed
     is_held: bool  # whether a process holds its lock, so the job is running
-
-
-def may_be_newer(store: Store, one: Entry, other: Entry) -> bool:
-    """Whether a file may have changed after another: files of folders have times as tags, others have not."""
-    is_known = store.is_local and one.tag.isdigit() and other.tag.isdigit()
-    return not is_known or int(one.tag) >= int(other.tag)
 
 
 class PinnedFiles:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from loaders.errors import io_errors
 from loaders.storage.base import Destination, Entry, PinnedFiles
-from loaders.storage.hashes import BLOCK
+from loaders.storage.hashes import BLOCK, text_digest
 from loaders.storage.settings import MB, current
 
 PLAIN = 0o666  # the rights of a file that came from a store that knows none
@@ -28,8 +28,8 @@ def copy_into(destination: Destination, files: PinnedFiles, name: str) -> None:
     if not destination.is_local and entry.size > current().scratch_mb * MB:
         destination.join(f"files/{name}", _blocks(files, entry), entry.size)
         return
-    # The folder of scratch files has no sub-folders.
-    part = destination.scratch(name.replace("/", "%"))
+    # The folder of scratch files has no sub-folders, and a path is longer than a name may be.
+    part = destination.scratch(text_digest(name))
     source = files.store.local_path(name)
     with io_errors("copying", part):
         wanted = PLAIN if source is None else source.stat().st_mode

@@ -26,7 +26,7 @@ from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, open_own, sync_folder, write_file
 from loaders.storage.base import Abandoned, Entry, Range
-from loaders.storage.folder import Folder
+from loaders.storage.folder import Folder, tag_of
 from loaders.storage.hashes import BLOCK, hash_file
 from loaders.storage.ownership import check_planted, make_own
 
@@ -109,7 +109,7 @@ class FolderDestination:
             part.replace(target)
             sync_folder(target.parent)
             status = target.stat()
-        return Entry(name, status.st_size, str(status.st_mtime_ns))
+        return Entry(name, status.st_size, tag_of(status))
 
     def shared(self, name: str, size: int | None = None) -> Path | None:
         path = self.root / name

@@ -66,8 +66,9 @@ class LoneFile:
     def find(self, name: str) -> Entry | None:
         return self._folder.find(name) if self._is_shown(name) else None
 
-    def check_inside(self, name: str) -> None:
-        self._folder.check_inside(name)
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        # The file itself was named by who asked for it, and may be a link to anywhere.
+        return None if name == self._name else self._folder.check_inside(name, may_leave=may_leave)
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         return self._folder.read(entry, start, stop)

@@ -144,16 +144,13 @@ class RangeCache:
                 path.parent.rmdir()
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield the time of the last use, the size and the path of each file, the whole files among them.
-
-        The use of a whole file shows in its time of access, since its time of change is looked at while it is read.
-        """
+        """Yield the time of the last use, the size and the path of each file, the whole files among them."""
         for folder, _, names in os.walk(self._folder):
             for path in (Path(folder) / name for name in names if Path(folder) != self._folder):
                 with suppress(OSError):  # it is gone already
                     status = path.stat()
                     if path.suffix != ".lock":
-                        yield max(status.st_atime, status.st_mtime), status.st_size, path
+                        yield status.st_mtime, status.st_size, path
 
 
 @cache
@@ -193,8 +190,8 @@ class CachedStore:
     def find(self, name: str) -> Entry | None:
         return self._store.find(name)
 
-    def check_inside(self, name: str) -> None:
-        self._store.check_inside(name)
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        return self._store.check_inside(name, may_leave=may_leave)
 
     def check_unchanged(self, entry: Entry) -> None:
         self._store.check_unchanged(entry)

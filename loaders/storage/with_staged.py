@@ -43,8 +43,8 @@ class WithStaged:
         found = self._staged.find(name)
         return self._finished.find(name) if found is None else _marked(found)
 
-    def check_inside(self, name: str) -> None:
-        self._finished.check_inside(name)
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        return self._finished.check_inside(name, may_leave=may_leave)
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         store, there = self._place(entry)

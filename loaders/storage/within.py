@@ -43,8 +43,8 @@ class Within:
         found = self._store.find(self._prefix + name)
         return None if found is None else replace(found, name=name)
 
-    def check_inside(self, name: str) -> None:
-        self._store.check_inside(self._prefix + name)
+    def check_inside(self, name: str, *, may_leave: bool = False) -> str | None:
+        return self._store.check_inside(self._prefix + name, may_leave=may_leave)
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         return self._store.read(self._outer(entry), start, stop)

@@ -57,21 +57,23 @@ class Trial:
         self.known = known
         self.tally = Tally()
 
-    def read(self, case: Case) -> None:
-        """Read a case, and count it. Raises Found at a fault that is not known."""
+    def read(self, case: Case) -> bool:
+        """Read a case, and count it; returns whether it was accepted. Raises Found at a fault that is not known."""
         self.tally.counts["inputs"] += 1
         self._current.write_bytes(pickle.dumps(case))
         try:
-            self.tally.counts["accepted" if bounds.judge(self._reader, self._bench, case) else "refused"] += 1
+            is_accepted = bounds.judge(self._reader, self._bench, case)
+            self.tally.counts["accepted" if is_accepted else "refused"] += 1
+            return is_accepted
         except bounds.Found as found:
             self.tally.counts[found.kind] += 1
             if found.what in self.known:
-                return
+                return False
             # The last that fails is the smallest: Hypothesis shrinks.
             self.tally.found[found.what] = case, found
             if found.kind == "hang":
                 self.known.add(found.what)  # shrinking it would take hours
-                return
+                return False
             raise
         finally:
             self._current.unlink()
@@ -135,7 +137,8 @@ def serve(folder: Path) -> None:
         if asked.get("hostile"):
             for kept in hostile.kept(name):
                 with suppress(bounds.Found):
-                    trial.read(kept.case)
+                    if trial.read(kept.case) and kept.is_refused:
+                        trial.tally.found[kept.name] = kept.case, bounds.Found("exception", f"{kept.name} is accepted")
             answer = run(trial, lambda: None)
         else:
             answer = run(trial, trial.test(asked["examples"], asked.get("seed"), asked.get("database")))

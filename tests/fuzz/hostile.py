@@ -15,12 +15,13 @@ LINES = FOLDER / "cases.jsonl"
 
 @dataclass(frozen=True)
 class Kept:
-    """A case, and what it was when it was found."""
+    """A case, and what it was when it was found. One `is_refused` must be; the others may be read as well."""
 
     reader: str
     name: str
     was: str
     case: Case
+    is_refused: bool
 
 
 def kept(reader: str | None = None) -> Iterator[Kept]:
@@ -31,7 +32,7 @@ def kept(reader: str | None = None) -> Iterator[Kept]:
             folder = FOLDER / row["reader"] / row["name"]
             files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
             case = Case(row.get("seed", ""), files, tuple(row.get("words", ())))
-            yield Kept(row["reader"], row["name"], row["was"], case)
+            yield Kept(row["reader"], row["name"], row["was"], case, row.get("refused", False))
 
 
 def keep(reader: str, was: str, case: Case) -> Path:

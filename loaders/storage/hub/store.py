@@ -169,7 +169,7 @@ class HubStore:
             return None
         return None if file is None else _entry(name, file)
 
-    def check_inside(self, name: str) -> None:
+    def check_inside(self, name: str, *, may_leave: bool = False) -> None:
         """Do nothing: a repository has no links that are followed."""
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:

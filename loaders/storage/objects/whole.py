@@ -1,24 +1,29 @@
 """Files of servers that send no ranges: fetched whole into the cache folder, and read there.
 
-Without a cache they are refused: each range would move the whole file once more.
+A file of the cache is the bytes as they were fetched, then the xxh3-128 of each block of them, so that a range can be
+checked when it is read; what is damaged is fetched again. Without a cache they are refused: each range would move the
+whole file once more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+import xxhash
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.atomic import file_lock
 from loaders.storage.base import Entry
-from loaders.storage.folder import Folder
 from loaders.storage.objects.client import ObjectClient
 from loaders.storage.patience import Passing
-from loaders.storage.range_cache import RangeCache, cache_of
+from loaders.storage.range_cache import SUM, RangeCache, cache_of
+
+BLOCK = 1 << 20  # bytes that have a sum behind the file's own; a range is read with the rest of its first and last
 
 
 class WholeFiles:
@@ -54,15 +59,19 @@ class WholeFiles:
         path = folder / name
         with io_errors("making", folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
+        # What is damaged counts as missing.
+        if (data := _read(path, entry.size, start, stop)) is None:
             with file_lock(path):
-                if not path.is_file():
+                if (data := _read(path, entry.size, start, stop)) is None:
                     cache.make_room(entry.size)
                     self._fetch(key, entry, path)
-        there = Folder(folder).entry_of(name)
-        with suppress(OSError):  # it is read, or the error is raised, below
-            os.utime(path, ns=(time.time_ns(), int(there.tag)))  # it was used now
-        return Folder(folder).read(there, start, stop)
+                    data = _read(path, entry.size, start, stop)
+        if data is None:
+            raise StorageError(
+                f"reading {path}: it has gone, or is not what was written; give store.cache_gb room for it, or another"
+                " store.cache"
+            )
+        return data
 
     def _fetch(self, key: str, entry: Entry, path: Path) -> None:
         part = path.with_name(f"{path.name}.part")
@@ -81,7 +90,11 @@ class WholeFiles:
         if (found.size, found.tag) != (entry.size, entry.tag):
             raise StorageError(f"{entry.name}: it changed while it was read; load it again when nobody writes to it")
         with io_errors("writing", part), part.open("wb") as file:
-            count = sum(file.write(piece) for piece in self._counted(body))
+            count, sums = 0, _Sums()
+            for piece in self._counted(body):
+                count += file.write(piece)
+                sums.add(piece)
+            file.write(sums.all())
             file.flush()
             os.fsync(file.fileno())
         if count != entry.size:
@@ -91,3 +104,44 @@ class WholeFiles:
         for piece in body:
             self._client.traffic.moved(fetched=len(piece))
             yield piece
+
+
+class _Sums:
+    """The xxh3-128 of each BLOCK bytes of a file, which comes in pieces."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._hasher, self._count = xxhash.xxh3_128(), 0
+
+    def add(self, piece: memoryview) -> None:
+        while len(piece):
+            part, piece = piece[: BLOCK - self._count], piece[BLOCK - self._count :]
+            self._hasher.update(part)
+            self._count += len(part)
+            if self._count == BLOCK:
+                self._done.append(self._hasher.digest())
+                self._hasher, self._count = xxhash.xxh3_128(), 0
+
+    def all(self) -> bytes:
+        return b"".join([*self._done, *([self._hasher.digest()] if self._count else [])])
+
+
+def _read(path: Path, size: int, start: int, stop: int) -> memoryview | None:
+    """Read a range of a kept file of `size` bytes; None if it is not there, or its blocks have other sums."""
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    try:
+        with path.open("rb") as file:
+            data = memoryview(_at(file, first * BLOCK, min(last * BLOCK, size)))
+            sums = _at(file, size + first * SUM, size + last * SUM)
+            is_whole = file.seek(0, os.SEEK_END) == size + -(-size // BLOCK) * SUM
+        os.utime(path)  # it was used now
+    # It is not there, for instance.
+    except OSError:
+        return None
+    found = b"".join(xxhash.xxh3_128_digest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
+    return data[start - first * BLOCK : stop - first * BLOCK] if is_whole and found == sums else None
+
+
+def _at(file: IO[bytes], start: int, stop: int) -> bytes:
+    file.seek(start)
+    return file.read(stop - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from jobs.cli.console import console
 from jobs.cli.early import limit_of
+from jobs.report.tables import table
 from loaders.places import ROOT
-from loaders.words import shown
+from loaders.words import in_a_line, shown
 from tests.conftest import Ran
 from tests.making import LLAMA, llama_tensors, weights, write_checkpoint
 from tests.other_users import as_nobody
@@ -68,6 +71,37 @@ def test_strangers_words_are_shown_as_text(words: list[str], hostile: Path, tmp_
     if verb == "inspect":
         assert "[v2]" in ran.out
         assert f"x{HOSTILE}.weight" in json.dumps(ran.document, ensure_ascii=False) or ran.document
+
+
+BREAKS = ("\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028")
+
+
+@pytest.mark.parametrize("end", BREAKS)
+@pytest.mark.parametrize("where", ["tensor", "file", "model_type", "architectures"])
+def test_a_strangers_line_break_is_refused_in_one_line(where: str, end: str, tmp_path: Path, weightmill: Run) -> None:
+    import numpy as np
+
+    name = f"x{end}weightmill: done"
+    config = {**LLAMA, "model_type": name} if where == "model_type" else {**LLAMA, "architectures": [name]}
+    tensors = {f"{name}.weight": weights(np.ones((4, 4), np.float32), "F32")} if where == "tensor" else {}
+    source = write_checkpoint(
+        tmp_path / "m", {**llama_tensors(), **tensors}, config=config if where in config else LLAMA
+    )
+    if where == "file":
+        (source / f"{name}.txt").touch()
+    ran = weightmill("plan", f"model.path={source}", "quant=nf4")
+    assert ran.status == 1
+    assert len(ran.err.splitlines()) == 1, ran.err
+    assert ran.err.startswith("weightmill: failed: ")
+
+
+def test_tabs_and_line_breaks_stay_in_their_cell() -> None:
+    made = table("a", "b")
+    made.add_row("x\n\ty", "z")
+    said = io.StringIO()
+    console(said).print(made)
+    assert [line.split() for line in said.getvalue().splitlines()] == [["a", "b"], [r"x\n\ty", "z"]]
+    assert in_a_line("a\n\tb\u2028\x1b") == r"a\n\tb\u2028\x1b"
 
 
 def test_a_message_shows_them_too(tmp_path: Path, weightmill: Run) -> None:

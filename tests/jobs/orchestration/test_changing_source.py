@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 import jobs.execution.unit
 import jobs.orchestration.job
+from loaders.checkpoints.checkpoint import open_checkpoint
 from tests.making import snapshot
 
 Change = Callable[[Path], None]
@@ -33,6 +35,18 @@ def rewrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(data)
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))  # on a coarse clock both writes may have one time
+
+
+def replace_unseen(path: Path) -> None:
+    times = path.stat()
+    replace(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def rewrite_unseen(path: Path) -> None:
+    times = path.stat()
+    path.write_bytes(other_bytes(path))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def cut(path: Path) -> None:
@@ -62,7 +76,7 @@ def after(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[Any], None
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("change", [replace, rewrite, cut])
+@pytest.mark.parametrize("change", [replace, rewrite, replace_unseen, rewrite_unseen, cut])
 def test_a_file_of_finished_units_that_changes_fails_the_job_by_name(
     change: Change, source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,3 +125,31 @@ def test_a_file_that_changes_when_all_units_are_done_fails_the_job(
     assert said.status == 1
     assert f"{name}: it changed while it was read" in said.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.quick
+def test_a_copy_of_the_source_is_another_request_and_no_error(
+    source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    after(monkeypatch, 2, fail)
+    assert weightmill("run", *given(source, out)).status not in (0, 2)
+    monkeypatch.undo()
+    shutil.copytree(source, tmp_path / "copy")  # the times of change are kept, as by cp -a
+    shutil.rmtree(source)
+    (tmp_path / "copy").rename(source)
+    ran = weightmill("run", *given(source, out))
+    assert ran.status == 0, ran.err
+    assert weightmill("verify", f"output.path={out}").status == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("touch", [lambda path: None, Path.read_bytes, Path.stat])
+def test_a_source_that_is_read_by_others_has_not_changed(source: Path, touch: Change) -> None:
+    checkpoint = open_checkpoint(source)
+    for entry in checkpoint.files:
+        touch(source / entry.name)
+    checkpoint.check_unchanged()

@@ -56,6 +56,17 @@ def test_a_copy_has_the_rights_that_the_umask_gives(
     assert weightmill("verify", tmp_path / "out").status == 0
 
 
+def test_copies_of_long_paths_do_not_meet_on_their_way(tmp_path: Path, weightmill: Run) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    paths = ["/".join("d" * 90) + "/a", "/".join(["long" * 50] * 3), "a/b%c", "a%b/c", "a%b%c"]
+    for path in paths:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(path)
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "quant=none")
+    assert ran.status == 0, ran.err
+    assert [(tmp_path / "out" / path).read_text() for path in paths] == paths
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder of another user's, on a path that everybody may enter."""

@@ -127,6 +127,44 @@ def test_a_link_out_of_the_folder_is_refused_but_the_hubs_cache_is_read(tmp_path
     assert names(snapshot) == set(llama_tensors())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "store/files/md5/0a/" + "b" * 30, "blobs/" + "0" * 64])
+def test_weights_may_be_links_to_weights_elsewhere_which_is_said(tmp_path: Path, name: str) -> None:
+    root, place = write_checkpoint(tmp_path / "m"), tmp_path / "elsewhere" / name
+    place.parent.mkdir(parents=True)
+    (root / "model.safetensors").rename(place)
+    (root / "model.safetensors").symlink_to(place)
+    found = open_checkpoint(root)
+    assert names(root) == set(llama_tensors())
+    assert found.notes == (
+        f"1 link of weights leads out of the folder, model.safetensors to {place}; what is there is read",
+    )
+    (tmp_path / "farm").mkdir()
+    (tmp_path / "farm" / "m.safetensors").symlink_to(place)
+    assert open_checkpoint(tmp_path / "farm" / "m.safetensors").notes == ()  # the one who asks named it
+
+
+@pytest.mark.parametrize("name", ["secret", "key.pem", "id_rsa", "model.bin", "weights.safetensors.key", "abc"])
+@pytest.mark.parametrize("link", ["model.safetensors", "sub/other.safetensors", "model.safetensors.index.json"])
+def test_weights_may_not_be_links_to_other_files(tmp_path: Path, name: str, link: str) -> None:
+    root = write_checkpoint(tmp_path / "m")
+    (tmp_path / name).write_text("PRIVATE")
+    (root / link).unlink(missing_ok=True)
+    (root / link).parent.mkdir(exist_ok=True)
+    (root / link).symlink_to(tmp_path / name)
+    with pytest.raises(BadCheckpoint, match=f"{link}: it links to .*/{name}, outside the checkpoint"):
+        open_checkpoint(root)
+
+
+def test_an_index_does_not_lead_through_a_linked_folder(tmp_path: Path) -> None:
+    root = write_checkpoint(tmp_path / "m")
+    (tmp_path / "out").mkdir()
+    (root / "model.safetensors").rename(tmp_path / "out" / "model.safetensors")
+    (root / ".git").symlink_to(tmp_path / "out")  # a folder that is not looked into
+    write_index(root, dict.fromkeys(llama_tensors(), ".git/model.safetensors"))
+    with pytest.raises(BadCheckpoint, match=".git/model.safetensors: a linked folder leads out of"):
+        open_checkpoint(root)
+
+
 def test_the_fingerprint_is_of_the_weights_not_of_the_place(tmp_path: Path) -> None:
     one = open_checkpoint(write_checkpoint(tmp_path / "a", shards=2))
     two = open_checkpoint(write_checkpoint(tmp_path / "b", shards=2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -215,8 +217,63 @@ def test_a_hostile_index_gets_one_short_error(tmp_path: Path, text: str, match: 
 
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
-    with pytest.raises(BadSpec, match="model.safetensors, which cannot be read: a link to a file"):
+    with pytest.raises(BadCheckpoint, match="model.safetensors: expected a file, found a link to a file that is not"):
         open_checkpoint(tmp_path)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def socket_at(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:  # their paths are short
+        made.bind(path.name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "deep/vocab.txt", "model.safetensors", "other.bin"])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (fifo, "a FIFO"),
+        (socket_at, "a socket"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+        (lambda path: path.symlink_to(path.name), "a link to a file that is not there"),
+    ],
+)
+def test_what_is_no_file_is_refused_where_a_file_belongs(
+    tmp_path: Path, name: str, make: Callable[[Path], None], what: str
+) -> None:
+    path = write_checkpoint(tmp_path / "m") / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(BadCheckpoint, match=f"{name}: expected a file, found {what}"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_sockets_beside_a_single_file_are_not_its_own(tmp_path: Path) -> None:
+    root = write_checkpoint(tmp_path / "m")
+    socket_at(root / "agent")
+    assert open_checkpoint(root / "model.safetensors").files
+    (root / "config.json").unlink()
+    fifo(root / "config.json")
+    with pytest.raises(BadCheckpoint, match="config.json: expected a file, found a FIFO"):
+        open_checkpoint(root / "model.safetensors")
+
+
+def test_too_many_files_are_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaders.checkpoints.checkpoint.MOST_FILES", 3)
+    with pytest.raises(BadCheckpoint, match="files, at most 3 are looked through"):
+        open_checkpoint(write_checkpoint(tmp_path / "m", shards=3))
+
+
+def test_folders_in_one_another_are_looked_through_only_so_deep(tmp_path: Path) -> None:
+    deep = write_checkpoint(tmp_path / "deep") / "/".join("d" * 101)
+    deep.mkdir(parents=True)
+    assert open_checkpoint(tmp_path / "deep")
+    (deep / "a").touch()
+    with pytest.raises(BadCheckpoint, match="lies 101 folders deep, at most 100 are looked through"):
+        open_checkpoint(tmp_path / "deep")
 
 
 @pytest.mark.parametrize("where", [lambda hub: hub / "link", lambda hub: hub / "models--x/snapshots/abc/inner"])

@@ -130,6 +130,23 @@ def test_hostile_pickles_are_refused(tmp_path: Path, what: str) -> None:
         read_specs(files_of(tmp_path), "m.bin")
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("what", "shift"), [("views", 1), ("tensors", 0)])
+def test_many_tensors_of_one_storage_are_refused(tmp_path: Path, legacy: bool, what: str, shift: int) -> None:
+    storage = torch.ones(1 << 18)
+    state = {f"layers.{n}.weight": storage[n * shift :][: 1 << 17] for n in range(300)}
+    torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(BadCheckpoint, match=f"its {what} have 157286400 bytes in a file of .* share storages"):
+        read_specs(files_of(tmp_path), "m.bin")
+
+
+def test_layers_that_are_one_and_a_turned_twin_are_read(tmp_path: Path) -> None:
+    shared, embedding = torch.ones(512, 512), torch.ones(300, 1024)
+    state = {f"layers.{n}.weight": shared for n in range(48)} | {"embed": embedding, "head": embedding.T}
+    torch.save(state, tmp_path / "m.bin")
+    assert len(read_specs(files_of(tmp_path), "m.bin")) == 50
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     for legacy in (False, True):
         torch.save({"a": torch.ones(1000)}, tmp_path / "m.bin", _use_new_zipfile_serialization=not legacy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -238,6 +239,32 @@ def test_a_server_without_ranges_needs_a_cache(tmp_path: Path, served: tuple[Add
 
 def whole_files(cache: Path) -> list[Path]:
     return list((cache / "ranges" / "whole").glob("[0-9a-f]*[0-9a-f]"))
+
+
+@pytest.mark.parametrize("place", [0, 3_000_000, -40, -1, None])
+def test_a_whole_file_that_is_damaged_is_fetched_again(
+    root: Path, tmp_path: Path, served: tuple[Address, type[Files]], place: int | None
+) -> None:
+    address, server = served
+    server.has_ranges = False
+    data = DATA[:3_500_000]
+    (root / "m" / "large.bin").write_bytes(data)
+    use(replace(StoreSettings(), cache=str(tmp_path / "cache")))
+    store = open_store(address)
+    entry = store.find("large.bin")
+    assert entry is not None
+    for start, stop in ((0, len(data)), (5, 5), (1 << 20, 2 << 20), (1_048_575, 3_400_001), (3_499_990, 3_500_000)):
+        assert store.read(entry, start, stop) == data[start:stop]
+    [kept] = whole_files(tmp_path / "cache")
+    raw = bytearray(kept.read_bytes())
+    raw[place or 0] ^= 1
+    kept.write_bytes(raw[:-16] if place is None else raw)
+    for ranges in set(kept.parents[1].iterdir()) - {kept.parent}:
+        shutil.rmtree(ranges) if ranges.is_dir() else ranges.unlink()  # they are kept as well
+    server.asked.clear()
+    assert store.read(entry, 0, len(data)) == data
+    assert [method for method, _, asked, _ in server.asked if asked is None] == ["GET"]
+    assert store.read(entry, 7, 9) == data[7:9]
 
 
 def test_whole_files_count_for_the_limit_of_the_cache(
