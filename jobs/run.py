@@ -40,6 +40,7 @@ VERB = Verb(
             "the mix that loses least within a budget",
         ),
         ("model.path=DIR quant=nf4 verify=logits", "and judge what it computes: KL, perplexity"),
+        ("model.path=DIR quant=nf4 verify=embeddings", "or, of an encoder, how close its hidden states are"),
         ("-m model.path=DIR quant=nf4,fp4 quant.group_size=64,128", "a sweep: four jobs, one pass over DIR"),
         ("-m experiment=four_bit_shootout model.path=DIR", "the sweep that a preset describes"),
     ),

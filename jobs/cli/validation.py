@@ -140,8 +140,8 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
         known = list(_fields(spec, values, location[:-1]))
         others = [m for m in _at(spec, location[:-1]) if location[-1] in m.model_fields]
         if location[0] == "verify" and others:
-            [belongs] = get_args(others[0].model_fields["kind"].annotation)
-            return f"{name}: it belongs to verify={belongs}, which was not chosen"
+            belongs = [kind for other in others for kind in get_args(other.model_fields["kind"].annotation)]
+            return f"{name}: it belongs to verify={' and verify='.join(belongs)}, which {_was(belongs)} not chosen"
         if name in MOVED:
             return f"{name}: unknown key; it is {MOVED[name]} now"
         meant = SYNONYMS.get(str(location[-1]))
@@ -154,6 +154,10 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
     if isinstance(found, dict):  # a fault of several values together, which the message names itself
         return f"{name}{'.' if re.match(r'[a-z_]+: ', message) else ': '}{message}"
     return f"{name}: {message}; found {json.dumps(found, default=str)}"
+
+
+def _was(some: Sequence[str]) -> str:
+    return "was" if len(some) == 1 else "were"
 
 
 def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:

@@ -194,7 +194,7 @@ class Job:
         return put_card(planned.journal, report, card)
 
     def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
-        """Evaluate the finished files if verify=logits is set. If they fail, the numbers are still tracked.
+        """Evaluate the finished files if that is asked for. If they fail, the numbers are still tracked.
 
         Raises:
             VerifyFailed: the quality exceeds a limit, or the engine cannot load the output or computes NaN.
@@ -203,9 +203,7 @@ class Job:
         if judging is None:
             return None
         try:
-            quality = judged(
-                judging, journal.destination.files, journal.output.name, journal.destination, digests
-            ).to_json()
+            quality = judged(judging, journal.destination.files, journal.output.name, journal.destination, digests)
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
         try:

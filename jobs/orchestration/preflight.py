@@ -19,8 +19,9 @@ from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import TARGET, target_of
 from jobs.planning.work_key import work_key
 from jobs.report.document import job_document
-from jobs.spec.job import JobSpec, LogitsSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
+from jobs.spec.verify import JudgedSpec
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import check_backend, may_differ
 from loaders.backends.fastest import fastest
@@ -44,7 +45,7 @@ class Planned:
     plan: Plan
     journal: Journal
     done: Report | None = None  # the report of an earlier run of this very job, if the job need not run again
-    judging: Judging | None = None  # the planned evaluation, with verify=logits
+    judging: Judging | None = None  # the planned evaluation, with verify=logits or verify=embeddings
     findings: tuple[Finding, ...] = ()  # what the engine's own code found, where it was asked
 
     @property
@@ -101,7 +102,7 @@ def plan_job(
         return replace(planned, done=done)
     if again:
         check_free(spec, output)
-    if isinstance(spec.verify, LogitsSpec):
+    if isinstance(spec.verify, JudgedSpec):
         return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
 
@@ -152,7 +153,7 @@ def _done_before(planned: Planned) -> Report | None:
 
 
 def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a passed gate that is comparable with the wanted one: verify=logits includes verify=strict."""
+    """Return the part of a passed gate that is comparable with the wanted one: the others include verify=strict."""
     if wanted["kind"] == "strict":
         return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
     return found

@@ -27,7 +27,7 @@ from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
+from jobs.report.comparison import ComparedJob, Comparison, compared_job, error_of, to_json, whole
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
@@ -201,7 +201,7 @@ class Sweep:
     def said(self) -> Said:
         """Return the sweep's result: the table of jobs, the Pareto front, and the page in MLflow."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
-        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        error = error_of(candidates)
         compared = Comparison(candidates, error)
         page = self._page()
         reads: list[RenderableType] = [

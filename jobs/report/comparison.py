@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jobs.report.tables import table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
+COSINE, HIDDEN_ERROR = "quality/cosine", "quality/hidden_error"
 SHOWN_TENSORS = 8  # tensors that differ most, as shown in texts; the document has more
 
 
@@ -60,10 +61,13 @@ COLUMNS = (
     Column("worst", "error/worst", "{:.5f}"),
     Column("SQNR dB", "error/sqnr_db", "{:.2f}"),
     Column("KL", "quality/kl", "{:.5f}"),
-    Column("95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
+    Column("KL's 95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
     Column("perplexity", "quality/perplexity", "{:.3f}"),
     Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
     Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
+    Column("cosine", COSINE, "{:.5f}"),
+    Column("cosine's 95 %", "quality/cosine_low", "{:.5f} to {:.5f}", second="quality/cosine_high"),
+    Column("hidden error", HIDDEN_ERROR, "{:.5f}"),
     Column("pass s", "time/wall_s", "{:.2f}"),
     Column("encoding s", "time/encode_s", "{:.2f}"),
     Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
@@ -86,6 +90,12 @@ def compared_job(name: str, report: Report, run_id: str | None = None, output: s
         layers=layers,
         tensors=tensors,
     )
+
+
+def error_of(jobs: Iterable[ComparedJob]) -> str:
+    """Return the metric that says best what jobs lose: of what was judged in engines, or else of the weights."""
+    jobs = list(jobs)
+    return next((name for name in (KL, HIDDEN_ERROR) if any(name in job.metrics for job in jobs)), ERROR)
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:

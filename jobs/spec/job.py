@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
+from jobs.spec.base import FloatName, Format, Location, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from jobs.spec.tracking import TrackingSpec
+from jobs.spec.verify import VerifySpec
 from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
@@ -28,11 +29,14 @@ from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
-# Metrics that a sweeper may search by: those that every job has, and those of verify=logits.
+# Metrics that a sweeper may search by: those that every job has, and those of verify=logits and verify=embeddings.
+JUDGED = {
+    "logits": ("quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1"),
+    "embeddings": ("quality/cosine", "quality/pooled_cosine", "quality/hidden_error"),
+}
 OBJECTIVES = (
     "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
-    "load/gigabytes_per_second", "load/peak_anonymous_bytes",
-    "quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1",
+    "load/gigabytes_per_second", "load/peak_anonymous_bytes", *(name for kind in JUDGED.values() for name in kind),
 )  # fmt: skip
 
 
@@ -240,53 +244,6 @@ class ClusterSpec(Spec):
     ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
 
 
-class WeightsGate(Spec):
-    """The limits that every tensor must keep."""
-
-    allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
-    max_relative_error: float | None = Field(
-        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
-    )
-
-
-class StrictSpec(WeightsGate):
-    """conf/verify/strict: the weights are verified."""
-
-    kind: Literal["strict"] = "strict"
-
-
-class LogitsSpec(WeightsGate):
-    """conf/verify/logits: the weights are verified, and the logits that the output computes in its engine."""
-
-    kind: Literal["logits"]
-    text: LocalPath | None = Field(description="logits: a file of UTF-8 text to predict; null: one of the package")
-    tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
-    window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        description="logits: the device of original and output; auto: a GPU if the engine can use one"
-    )
-    dtype: FloatName = Field(
-        description="logits: dtype of float arithmetic; below float32, its rounding is measured too"
-    )
-    max_kl: float | None = Field(gt=0, description="logits: fail above this mean KL(original || output), nats a token")
-    max_perplexity_ratio: float | None = Field(
-        gt=0, description="logits: fail if the output's perplexity is more than so many times the original's"
-    )
-    min_top1: float | None = Field(
-        gt=0, le=1, description="logits: fail if both find the same token most likely for less than this share"
-    )
-
-    @field_validator("window")
-    @classmethod
-    def _there_are_two(cls, window: int, about: ValidationInfo) -> int:
-        if window > about.data.get("tokens", 2 * window) // 2:
-            raise ValueError(f"expected at most half of verify.tokens={about.data['tokens']}: an interval takes two")
-        return window
-
-
-VerifySpec = Annotated[StrictSpec | LogitsSpec, Field(discriminator="kind")]
-
-
 class JobSpec(Spec):
     """The settings of a job."""
 
@@ -330,9 +287,9 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _objectives_are_measured(self) -> JobSpec:
-        for name in self.objective:
-            if name.startswith("quality/") and self.verify.kind != "logits":
-                raise ValueError(f"objective: {name} is measured with verify=logits")
+        for kind, names in JUDGED.items():
+            if self.verify.kind != kind and (wanted := [name for name in self.objective if name in names]):
+                raise ValueError(f"objective: {wanted[0]} is measured with verify={kind}")
         return self
 
     @model_validator(mode="after")
@@ -352,8 +309,8 @@ class JobSpec(Spec):
     @model_validator(mode="after")
     def _original_is_the_merged_model(self) -> JobSpec:
         calibration = getattr(self.quant, "calibration", None)
-        if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):
-            what = "verify=logits" if self.verify.kind == "logits" else "quant.calibration"
+        if self.transform.kind == "merge_lora" and (self.verify.kind in JUDGED or calibration is not None):
+            what = f"verify={self.verify.kind}" if self.verify.kind in JUDGED else "quant.calibration"
             raise ValueError(
                 f"transform: {what} runs the model at model.path, which is not the merged one; write the merged model"
                 " with quant=none first, and give that as model.path"

@@ -1,8 +1,8 @@
 """Verifying a published output again, with the units of its job but without encoding.
 
 Every file must have the hash in the report. Every tensor is decoded and compared with the source, must pass the gate,
-and must give exactly the error sums that were recorded when it was written. With verify=logits, the output then runs in
-its engine.
+and must give exactly the error sums that were recorded when it was written. With verify=logits or verify=embeddings,
+the output then runs in its engine.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from jobs.report.card import updated
 from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.report.result import quality_text
-from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
+from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.spec.strategy import StrategySpec, reading
+from jobs.spec.verify import JudgedSpec, VerifySpec
 from jobs.verification.logits import Judging, faults_of, judged, judging_of
 from jobs.verification.without_weights import list_faults, range_digest, report_faults
 from loaders.backends import kernels_of
@@ -174,7 +175,7 @@ def verify_output(
     spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
     judging = None
-    if isinstance(verify, LogitsSpec):
+    if isinstance(verify, JudgedSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
     written = open_checkpoint(pinned)
     faults = report_faults(plan, written, report) or list_faults(plan, written, report)
@@ -192,9 +193,9 @@ def verify_output(
 
 
 def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str]) -> dict[str, Any] | None:
-    """Evaluate an output by its logits, add faults to `faults`, and write the numbers into its report and its card."""
+    """Evaluate what an output computes, add faults to `faults`, and write the numbers into its report and its card."""
     try:
-        quality = judged(judging, open_store(output), output.name).to_json()
+        quality = judged(judging, open_store(output), output.name)
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None

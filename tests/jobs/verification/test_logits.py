@@ -19,7 +19,7 @@ from loaders.models import evaluating
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-LOGITS = ("verify=logits", "verify.tokens=96", "verify.window=32")
+LOGITS = ("verify=logits", "verify.tokens=320", "verify.window=32")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) 
     assert weightmill("run", f"output.path={out}").status == 0
     ran = weightmill("verify", f"output.path={out}", *LOGITS, "format=json")
     assert ran.status == 0, ran.err
-    assert ran.document["quality"]["tokens"] == 3 * 31
+    assert ran.document["quality"]["tokens"] == 10 * 31
     report = json.loads((out / "weightmill.json").read_text())
     assert report["quality"] == ran.document["quality"]
     assert report["damage"]["quality"]["kl"] == report["quality"]["kl"]
