@@ -203,7 +203,9 @@ class Job:
         if judging is None:
             return None
         try:
-            quality = judged(judging, journal.destination.files, journal.output.name, journal.destination, digests)
+            quality = judged(
+                judging, journal.destination.files, journal.output.name, journal.destination, digests
+            ).to_json()
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
         try:

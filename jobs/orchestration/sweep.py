@@ -27,7 +27,8 @@ from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ComparedJob, Comparison, compared_job, error_of, to_json, whole
+from jobs.report.comparison import ComparedJob, compared_job, model_of, to_json, whole
+from jobs.report.comparisons import Comparisons
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
@@ -201,8 +202,8 @@ class Sweep:
     def said(self) -> Said:
         """Return the sweep's result: the table of jobs, the Pareto front, and the page in MLflow."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
-        error = error_of(candidates)
-        compared = Comparison(candidates, error)
+        compared = Comparisons(candidates)
+        models = compared.document(0)
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
@@ -221,8 +222,9 @@ class Sweep:
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
-            "error": error,
+            "error": " ".join(dict.fromkeys(model["error"] for model in models)),
             "pareto": compared.front,
+            "models": [{key: model[key] for key in ("source", "error", "jobs", "pareto")} for model in models],
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
             "compare": page,
@@ -244,8 +246,9 @@ class Sweep:
         if isinstance(outcome, Said):
             return compared_job(name, self._reports[number], run_id, str(output))
         return ComparedJob(
-            name=name, status="failed", metrics={}, run_id=run_id, output=str(output), why=str(outcome).splitlines()[0]
-        )
+            name=name, status="failed", metrics={}, run_id=run_id, output=str(output), why=str(outcome).splitlines()[0],
+            source=model_of(self._specs[number].resolved()) if number in self._specs else "",
+        )  # fmt: skip
 
     def _document(self, number: int) -> dict[str, Any]:
         outcome, about = self.outcomes[number], {"number": number, "varied": self._names[number]}

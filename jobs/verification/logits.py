@@ -32,6 +32,8 @@ from loaders.storage.local import free_bytes
 # These modules import torch, which takes seconds.
 if TYPE_CHECKING:
     from loaders.models.evaluating import Reference, Windows
+    from loaders.models.hidden_states import Closeness
+    from loaders.models.quality import Quality
     from loaders.models.runners import Engine
 
 KEPT = "quality.json"
@@ -155,10 +157,8 @@ def _check_memory(spec: LogitsSpec | EmbeddingsSpec, plan: Plan) -> None:
 
 def judged(
     judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Evaluate an output's files; returns a `Quality` or a `Closeness` as JSON.
-
-    The result is kept in the journal of `keep`, for files with the same `digests`.
+) -> Quality | Closeness:
+    """Evaluate an output's files; the result is kept in the journal of `keep`, for files with the same `digests`.
 
     A job that fails a limit thus need not be evaluated again under a wider one.
 
@@ -168,6 +168,8 @@ def judged(
         StorageError: the disk is full, ...
     """
     from loaders.models.evaluating import judge, judge_states, kept
+    from loaders.models.hidden_states import Closeness
+    from loaders.models.quality import Quality
 
     reference = judging.reference
     key = text_digest(" ".join([reference.key, judging.engine.described, *digests]))
@@ -175,18 +177,18 @@ def judged(
     if before is not None:
         made = json_object(before, KEPT)
         if made.get("key") == key:
-            return dict(made["quality"])
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["quality"].items()}
+            return Closeness(**values) if reference.states else Quality(**values)
     with kept(judging.folder) as folder:
         done = f"its {WHAT[judging.spec.kind]} are there" if reference.is_in(folder) else "in transformers"
         note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
         with Meter(f"evaluating {name}", 2 * reference.tokens, "tokens") as meter:
-            found = (judge_states if reference.states else judge)(
+            quality: Quality | Closeness = (judge_states if reference.states else judge)(
                 reference, open_checkpoint(output, key="output.path"), judging.engine, folder, key=name,
                 on_tokens=meter.add,
             )  # fmt: skip
-    quality: dict[str, Any] = found.to_json()
     if keep is not None:
-        keep.put(KEPT, json_bytes({"key": key, "quality": quality}))
+        keep.put(KEPT, json_bytes({"key": key, "quality": quality.to_json()}))
     return quality
 
 

@@ -195,7 +195,7 @@ def verify_output(
 def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str]) -> dict[str, Any] | None:
     """Evaluate what an output computes, add faults to `faults`, and write the numbers into its report and its card."""
     try:
-        quality = judged(judging, open_store(output), output.name)
+        quality = judged(judging, open_store(output), output.name).to_json()
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None

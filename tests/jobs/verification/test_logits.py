@@ -68,7 +68,10 @@ def test_a_sweep_evaluates_its_original_once_and_is_compared_by_what_it_found(
     ran = weightmill("run", "-m", *given, *LOGITS, "objective=[quality/kl]")
     assert ran.status == 0, ran.err
     assert len(originals) == 1
-    assert "Pareto front (*) of bits a weight against quality/kl" in ran.out
+    assert (
+        "Pareto front (*) of bits per weight against KL divergence of the logits, nats per token (quality/kl)"
+        in ran.out
+    )
     assert "top-1 %" in ran.out
     for more in (LOGITS, ()):  # nothing is left to do, nor for those who ask for less
         again = weightmill("run", "-m", *given, *more, "format=json")
