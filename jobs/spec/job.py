@@ -40,6 +40,16 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?([KMGT])(i?)B", re.IGNORECASE)
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size that SIZE matches: 5GB is 5e9, 5GiB is 5 * 2**30."""
+    match = SIZE.fullmatch(size)
+    assert match is not None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+
+
 class ModelSpec(Spec):
     """conf/model: the checkpoint to read."""
 
@@ -196,6 +206,14 @@ class OutputSpec(Spec):
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
+    dtype: Literal["auto", "source", "bfloat16", "float16", "float32"] = Field(
+        default="source",
+        description="the dtype of what is not quantized; source: as it is stored; auto: so, but bfloat16 from a GGUF",
+    )
+    max_shard_size: str | None = Field(
+        default=None,
+        description="the most that a weight file holds, such as 5GB or 512MiB; null: what a unit of work writes",
+    )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
     card: bool = Field(
         default=True, description="write a model card, README.md; false: the source's is copied as it is, if it has one"
@@ -211,6 +229,18 @@ class OutputSpec(Spec):
         default=None,
         description="hf://: where the journal is, a folder or s3://, gs://, az:// with a prefix; null: in your cache",
     )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_is_a_size(cls, size: str | None) -> str | None:
+        if size is not None and (SIZE.fullmatch(size) is None or bytes_of(size) < 1):
+            raise ValueError("expected a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 5GB")
+        return size
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """`max_shard_size` in bytes."""
+        return None if self.max_shard_size is None else bytes_of(self.max_shard_size)
 
     @property
     def local_root(self) -> Path:
