@@ -24,7 +24,8 @@ def kept_dtype(target: Target, checkpoint: Checkpoint, *, is_decoded: bool) -> D
     """Return the dtype to which what a target keeps is cast; None leaves all as it is stored.
 
     A GGUF that is decoded has no float dtype of its own: what it stores in blocks, and most norms, would be float32.
-    They become bfloat16 if the output is quantized for an engine with other names, all of which take it.
+    They become bfloat16, or of the dtype of matrices in floats, if the output is quantized for another engine than
+    llama.cpp, all of which take it.
 
     Raises:
         BadSpec: the dtype was asked for where it cannot be.
@@ -35,8 +36,10 @@ def kept_dtype(target: Target, checkpoint: Checkpoint, *, is_decoded: bool) -> D
     if wanted != "auto":
         _check(target, checkpoint, is_decoded=is_decoded)
         return next(dtype for dtype in DTYPES.values() if dtype.torch == wanted)
-    is_from_gguf = checkpoint.container == "gguf" and is_decoded and load_dtype(checkpoint.config) == DTYPES["F32"]
-    return DTYPES["BF16"] if is_from_gguf and not isinstance(target.scheme, Plain) else None
+    if checkpoint.container != "gguf" or not is_decoded or isinstance(target.scheme, Plain):
+        return None
+    matrices = load_dtype(checkpoint.config)
+    return DTYPES["BF16"] if matrices == DTYPES["F32"] else matrices
 
 
 def _check(target: Target, checkpoint: Checkpoint, *, is_decoded: bool) -> None:
