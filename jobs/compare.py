@@ -25,7 +25,9 @@ class CompareSpec(Spec):
     sweep: str = Field(description="last, a sweep's name, or all: every run of the experiment")
     runs: tuple[str, ...] = Field(description="run ids, run names, or folders of outputs, in place of a sweep")
     filter: str = Field(description="MLflow's filter, such as metrics.`size/bits_per_weight` < 5")
-    error: str = Field(description="the metric to compare with bits per weight")
+    error: str | None = Field(
+        description="the metric to compare with bits per weight; null: of each model what all its jobs were judged by"
+    )
     tracking: TrackingSpec
     output: ComparePlace
     store: StoreSpec = Field(default_factory=StoreSpec)

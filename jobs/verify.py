@@ -8,9 +8,10 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Source, Spec
-from jobs.spec.job import ClusterSpec, VerifySpec
+from jobs.spec.job import ClusterSpec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
+from jobs.spec.verify import VerifySpec
 from jobs.tracking.sources import located
 from loaders.storage.address import Address
 
@@ -56,6 +57,7 @@ VERB = Verb(
         ("OUT", "against the source it was made from; the same as output.path=OUT"),
         ("OUT model.path=DIR", "the source has moved to DIR"),
         ("OUT verify=logits", "and what it computes in its engine; the numbers go into its report"),
+        ("OUT verify=embeddings", "or, of an encoder, its hidden states: cosine and relative error"),
         ("OUT verify=logits verify.text=FILE verify.max_kl=0.05", "over your text, with a limit"),
     ),
     positional=("output.path",),

@@ -29,7 +29,7 @@ from jobs.spec.job import JobSpec
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, io_errors
 from loaders.models.evaluating import WINDOW, Reference, judge, read_windows
-from loaders.models.quality import Quality
+from loaders.models.quality import FEWEST, Quality
 from loaders.models.runners import engine_of_folder
 from loaders.presets.auto import AutoQuant
 from loaders.presets.catalog import preset
@@ -142,6 +142,10 @@ class _Judged:
     def __init__(self, model: str, text: str, tokens: int, folder: Path, *, in_engine: bool) -> None:
         checkpoint = open_checkpoint(model)
         windows = read_windows(checkpoint, text, tokens=tokens, window=WINDOW)
+        if len(windows.ids) < FEWEST:
+            raise BadSpec(
+                f"text: expected {FEWEST} windows of {WINDOW} tokens, found {len(windows.ids)}; give more text"
+            )
         self._reference = Reference(checkpoint, windows)
         self._in_engine = in_engine
         self._folder = folder

@@ -12,7 +12,8 @@ from rich.console import Group
 
 from jobs.cli.verb import Said, note
 from jobs.output.report import read_report
-from jobs.report.comparison import BITS, ComparedJob, Comparison, compared_job, to_json, whole
+from jobs.report.comparison import ComparedJob, compared_job, to_json, whole
+from jobs.report.comparisons import Comparisons
 from jobs.report.plots import comparison_plot
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.pages import compare_page
@@ -30,11 +31,13 @@ LISTED = 50  # tensors that differ most, listed in the document
 
 
 def compare(
-    tracking: TrackingSpec, root: str, path: str | None, *, sweep: str, runs: Sequence[str], where: str, error: str
-) -> Said:
+    tracking: TrackingSpec, root: str, path: str | None, *, sweep: str, runs: Sequence[str], where: str,
+    error: str | None,
+) -> Said:  # fmt: skip
     """Compare the runs of a sweep, or the given runs and output folders.
 
-    `where` is MLflow's filter, `error` the metric to compare with bits per weight, `path` the folder of the comparison.
+    `where` is MLflow's filter, `error` the metric to compare with bits per weight (None: of each model what its
+    jobs were judged by), `path` the folder of the comparison.
 
     Raises:
         BadSpec: there are no such runs, or none has the metric.
@@ -55,7 +58,11 @@ def compare(
         ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
         page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
     candidates = _told_apart(candidates)
-    if not any(error in c.metrics for c in candidates) and any(c.is_comparable for c in candidates):
+    if (
+        error is not None
+        and not any(error in c.metrics for c in candidates)
+        and any(c.is_comparable for c in candidates)
+    ):
         known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
         raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
     return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
@@ -108,6 +115,8 @@ def _of_run(run: Tracked) -> ComparedJob:
         run_id=run.run_id,
         output=run.output,
         why=run.why,
+        source=run.source,
+        fingerprint=run.fingerprint,
         layers=layers,
         tensors=tensors,
     )
@@ -132,23 +141,24 @@ def _told_apart(candidates: Sequence[ComparedJob]) -> list[ComparedJob]:
     ]
 
 
-def _said(title: str, candidates: Sequence[ComparedJob], error: str, folder: Path, page: str | None) -> Said:
-    ordered = sorted(candidates, key=lambda c: (not c.is_comparable, c.metrics.get(BITS, 0.0), c.name))
-    compared = Comparison(ordered, error)
+def _said(title: str, candidates: Sequence[ComparedJob], error: str | None, folder: Path, page: str | None) -> Said:
+    compared = Comparisons(candidates, error)
+    models = compared.document(LISTED)
     document = {
         "status": "done",
         "title": title,
-        "error": error,
-        "runs": [to_json(candidate) for candidate in ordered],
+        "error": error or " ".join(dict.fromkeys(model["error"] for model in models)),
+        "runs": [to_json(job) for job in compared.jobs],
         "pareto": compared.front,
-        "differing": compared.differing[:LISTED],
+        "differing": [row for model in models for row in model["differing"]],
+        "models": models,
         "compare": page,
         "files": [str(folder / name) for name in ("compare.md", "compare.png", "compare.json")],
     }
     with io_errors("making", folder):
         folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "compare.png"
-    is_drawn = comparison_plot(ordered, compared.front, error, picture)
+    is_drawn = comparison_plot(compared.of, picture)
     text = compared.markdown(title, picture.name if is_drawn else None)
     write_file(folder / "compare.md", text.encode())
     write_file(folder / "compare.json", json_bytes(document))
@@ -157,4 +167,5 @@ def _said(title: str, candidates: Sequence[ComparedJob], error: str, folder: Pat
         f"written: {folder}/compare.md, compare.png, compare.json",
         *([whole(page)] if page else []),
     ]
-    return Said(document, Group(f"{title}: {counted(len(ordered), 'run')}", *lines))
+    of = f" of {len(models)} models, compared each by itself" if len(models) > 1 else ""
+    return Said(document, Group(f"{title}: {counted(len(compared.jobs), 'run')}{of}", *lines))

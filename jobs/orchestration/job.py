@@ -210,7 +210,7 @@ class Job:
         return put_card(planned.journal, report, card)
 
     def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
-        """Evaluate the finished files if verify=logits is set. If they fail, the numbers are still tracked.
+        """Evaluate the finished files if that is asked for. If they fail, the numbers are still tracked.
 
         Raises:
             VerifyFailed: the quality exceeds a limit, or the engine cannot load the output or computes NaN.

@@ -17,8 +17,9 @@ from jobs.planning.build import make_plan
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import TARGET, target_of
 from jobs.planning.work_key import work_key
-from jobs.spec.job import JobSpec, LogitsSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
+from jobs.spec.verify import JudgedSpec
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import check_backend, may_differ
 from loaders.backends.fastest import fastest
@@ -39,7 +40,7 @@ class Planned:
     plan: Plan
     journal: Journal
     done: Report | None = None  # the report of an earlier run of this very job, if it need not run again, but be judged
-    judging: Judging | None = None  # the planned evaluation, with verify=logits
+    judging: Judging | None = None  # the planned evaluation, with verify=logits or verify=embeddings
     findings: tuple[Finding, ...] = ()  # what the engine's own code found, where it was asked
 
     @property
@@ -102,7 +103,7 @@ def plan_job(
     elif again:
         check_free(spec, output, found)
     is_wanted = planned.done is None or lacks_judging(planned.done, spec)
-    if is_wanted and isinstance(spec.verify, LogitsSpec):
+    if is_wanted and isinstance(spec.verify, JudgedSpec):
         return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
 

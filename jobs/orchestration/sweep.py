@@ -30,7 +30,8 @@ from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ComparedJob, Comparison, compared_job, error_of, to_json, whole
+from jobs.report.comparison import ComparedJob, compared_job, model_of, to_json, whole
+from jobs.report.comparisons import Comparisons
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics, quality_metrics
 from jobs.report.sweep_page import make_sweep_page
@@ -239,9 +240,9 @@ class Sweep:
     def said(self) -> Said:
         """Return the sweep's result: the table of jobs, the Pareto front, and the page in MLflow."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
-        error = error_of(candidates)
-        compared = Comparison(candidates, error)
-        page, written = self._page(), self._finish(candidates)
+        compared = Comparisons(candidates)
+        models = compared.document(0)
+        page, written = self._page(), self._finish(compared)
         reads: list[RenderableType] = [
             f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
             f" {counted(read.jobs, 'job')} in {read.wall_s:.2f} s"
@@ -259,8 +260,9 @@ class Sweep:
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
-            "error": error,
+            "error": " ".join(dict.fromkeys(model["error"] for model in models)),
             "pareto": compared.front,
+            "models": [{key: model[key] for key in ("source", "error", "jobs", "pareto")} for model in models],
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
             "compare": page,
@@ -268,26 +270,22 @@ class Sweep:
         }
         return Said(document, text, self._status())
 
-    def _finish(self, candidates: Sequence[ComparedJob]) -> Path:
+    def _finish(self, compared: Comparisons) -> Path:
         """Write the sweep's page beside its outputs, and track the sweep; returns where the page is.
 
         Raises:
             StorageError: the page cannot be written.
         """
         root = next(iter(self._specs.values())).output.local_root if self._specs else Path.cwd() / "weightmill"
-        places = {str(spec.output_address): self._sources.get(n, spec.model_name) for n, spec in self._specs.items()}
-        by_source: dict[str, list[ComparedJob]] = {}
-        for each in candidates:
-            by_source.setdefault(places.get(each.output or "", "not planned"), []).append(each)
-        compared = {source: Comparison(jobs, error_of(jobs)) for source, jobs in by_source.items()}
-        outputs = {each.name: Address.of(each.output) for each in candidates if each.status == "done" and each.output}
+        done = {each.name: each.output for each in compared.jobs if each.status == "done" and each.output}
+        outputs = {name: Address.of(output) for name, output in done.items()}
         links = {name: page_of(output, root) for name, output in outputs.items() if output.is_local}
-        page, path = make_sweep_page(self.id, compared, links), root / f"{self.id}.html"
+        page, path = make_sweep_page(self.id, compared.of, links), root / f"{self.id}.html"
         with io_errors("making", root):
             root.mkdir(parents=True, exist_ok=True)
         write_file(path, page)
         if self._run_of_all is not None:
-            track_sweep(self._run_of_all, self.id, compared, page)
+            track_sweep(self._run_of_all, self.id, compared.of, page)
             status, run, self._run_of_all = self._status(), self._run_of_all, None
             try:
                 run.close("FINISHED" if status == DONE else "FAILED")
@@ -310,8 +308,9 @@ class Sweep:
         if isinstance(outcome, Said):
             return compared_job(name, self._reports[number], run_id, str(output))
         return ComparedJob(
-            name=name, status="failed", metrics={}, run_id=run_id, output=str(output), why=str(outcome).splitlines()[0]
-        )
+            name=name, status="failed", metrics={}, run_id=run_id, output=str(output), why=str(outcome).splitlines()[0],
+            source=model_of(self._specs[number].resolved()) if number in self._specs else "",
+        )  # fmt: skip
 
     def _document(self, number: int) -> dict[str, Any]:
         outcome, about = self.outcomes[number], {"number": number, "varied": self._names[number]}

@@ -253,12 +253,26 @@ class Judged(Part):
     text: str
     tokens: int
     kl: float
-    kl_low: float
-    kl_high: float
+    kl_low: float | None
+    kl_high: float | None
     perplexity: float
     perplexity_original: float
     perplexity_ratio: float
     top1: float
+
+
+class JudgedStates(Part):
+    """What verify=embeddings found, without what depends on the machine: the fields of the same names in `quality`."""
+
+    engine: str
+    text: str
+    tokens: int
+    cosine: float
+    cosine_low: float | None
+    cosine_high: float | None
+    cosine_p1: float
+    pooled_cosine: float
+    hidden_error: float
 
 
 class Damage(Part):
@@ -274,7 +288,7 @@ class Damage(Part):
     sqnr_db: float | None
     roles: dict[str, RoleDamage]
     worst: tuple[WorstTensor, ...]
-    quality: Judged | None
+    quality: Judged | JudgedStates | None
 
 
 class Report(Part):

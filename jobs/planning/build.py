@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from jobs.planning.cut import bonds_of, cut_units
+from jobs.planning.cut import bonds_of, cut_units, shards
 from jobs.planning.engine_rules import engine_rules, formed_sources
+from jobs.planning.kept_dtype import cast_kept, declared_in, kept_dtype
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, for_source, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -54,7 +55,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     if adapter is not None:
         merged = merge_adapter(checkpoint, sources, open_adapter(adapter))
         checkpoint, sources = merged.checkpoint, merged.sources
-    drafts = [_draft(checkpoint, sources, target) for target in targets]
+    drafts = [_draft(checkpoint, sources, target, is_decoded=decode) for target in targets]
     is_gguf_kept = checkpoint.container == "gguf" and not decode
     bonds = {name: found for draft in drafts for name, found in bonds_of(draft.placed).items()}
     groups = cut_units(
@@ -69,7 +70,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
         # Nothing else holds the draft then, which is a fifth of planning's memory.
-        plans[target.id], made = _target_plan(checkpoint, drafts.pop(0), groups)
+        plans[target.id], made = _target_plan(drafts.pop(0), groups)
         for output, mine in zip(outputs, made, strict=True):
             output[target.id] = mine
     tags = {tag.name: tag for tag in checkpoint.files}
@@ -94,21 +95,23 @@ class Draft:
     """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
 
     target: Target
+    checkpoint: Checkpoint  # as its config is for the target
     decisions: tuple[Decision, ...]
     placed: tuple[Placed, ...]
 
 
-def _draft(checkpoint: Checkpoint, sources: Sources, target: Target) -> Draft:
+def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decoded: bool) -> Draft:
+    dtype = kept_dtype(target, checkpoint, is_decoded=is_decoded)
+    checkpoint = declared_in(checkpoint, dtype)
     sources = formed_sources(target, checkpoint, sources)
     decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
-    return Draft(target, decisions, target.layout.place(checkpoint, decisions))
+    decisions = cast_kept(decisions, dtype)
+    return Draft(target, checkpoint, decisions, target.layout.place(checkpoint, decisions))
 
 
-def _target_plan(
-    checkpoint: Checkpoint, draft: Draft, groups: Sequence[Sequence[LogicalTensor]]
-) -> tuple[TargetPlan, list[UnitOutput]]:
+def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tuple[TargetPlan, list[UnitOutput]]:
     """Plan a target's files, and what each unit writes of them."""
-    target, decisions, layout = draft.target, draft.decisions, draft.target.layout
+    target, checkpoint, decisions, layout = draft.target, draft.checkpoint, draft.decisions, draft.target.layout
     shares = _shares(draft.placed, groups)
     del draft
     per_unit, assembly = _files(target, checkpoint, shares), None
@@ -165,18 +168,18 @@ def _shares(placed: Sequence[Placed], groups: Sequence[Sequence[LogicalTensor]])
 def _files(
     target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]
 ) -> Sequence[tuple[OutputFile, ...]]:
-    """Lay out, for each unit, one file of what it writes (if anything), and files that the layout wants apart.
+    """Lay out, for each unit, a file of what it writes (if anything), and files that the layout wants apart.
+
+    Of what is more than the target's `max_shard_bytes` there are several files.
 
     Raises:
         BadSpec: no unit writes anything, or the container cannot hold a tensor.
     """
     layout, container = target.layout, target.container
     stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
-    firsts = [
-        next(tensor.name for tensor in tensors if tensor.place is None)
-        for tensors in stored
-        if any(tensor.place is None for tensor in tensors)
-    ]
+    _check_shards(target)
+    usual = [list(shards(share, target.max_shard_bytes)) for share in shares]
+    firsts = [tensors[0].name for parts in usual for tensors in parts]
     if not any(stored):
         raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
     if isinstance(layout, DiffusersLayout):
@@ -184,16 +187,22 @@ def _files(
     else:
         names = (layout.file or container.file_name(n, len(firsts)) for n in range(1, len(firsts) + 1))
     files = []
-    for share, tensors in zip(shares, stored, strict=True):
-        about, mine = layout.about(checkpoint, share), []
-        usual = [tensor for tensor in tensors if tensor.place is None]
-        if usual:
-            mine.append(container.lay_out(next(names), usual, about))
+    for share, tensors, parts in zip(shares, stored, usual, strict=True):
+        about = layout.about(checkpoint, share)
+        mine = [container.lay_out(next(names), part, about) for part in parts]
         for name in dict.fromkeys(tensor.place[0] for tensor in tensors if tensor.place is not None):
             apart = [tensor for tensor in tensors if tensor.place is not None and tensor.place[0] == name]
             mine.append(container.lay_out(name, apart, about))
         files.append(tuple(mine))
     return files
+
+
+def _check_shards(target: Target) -> None:
+    if target.max_shard_bytes is None:
+        return
+    if isinstance(target.layout, Assembling) or target.layout.file is not None:
+        what = "output.split=true writes a GGUF as several files" if target.layout.name == "gguf" else "leave it out"
+        raise BadSpec(f"output.max_shard_size: layout {target.layout.name} writes files of its own; {what}")
 
 
 def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> UnitOutput:

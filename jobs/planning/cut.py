@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from loaders.layouts import Placed
+from loaders.specs import StoredTensor
 from loaders.tensors.logical_tensor import LogicalTensor
 
 Bonds = Mapping[str, Sequence[str]]  # by tensor: names of what it shares with others
@@ -102,3 +103,27 @@ def _leader(leader: list[int], index: int) -> int:
         leader[index] = leader[leader[index]]
         index = leader[index]
     return index
+
+
+def shards(share: Sequence[Placed], max_bytes: int | None) -> Iterator[list[StoredTensor]]:
+    """Yield what a unit stores in its usual files, of at most `max_bytes` each if that is given.
+
+    What is stored of one tensor, and the parts of one stack, stay together, even if they alone are more.
+    """
+    whole: dict[str, list[StoredTensor]] = {}  # by the name of a stack, or of a tensor
+    for placed in share:
+        usual = [tensor for tensor in placed.stored.values() if tensor.place is None]
+        for tensor in usual:
+            key = tensor.name if tensor.whole is not None else f"{placed.tensor.name}\n"
+            whole.setdefault(key, []).append(tensor)
+    part: list[StoredTensor] = []
+    size = 0
+    for tensors in whole.values():
+        more = sum({t.name: (t.whole or t.spec).size for t in tensors}.values())
+        if part and max_bytes is not None and size + more > max_bytes:
+            yield part
+            part, size = [], 0
+        part += tensors
+        size += more
+    if part:
+        yield part

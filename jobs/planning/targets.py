@@ -15,6 +15,7 @@ from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Naming
 from loaders.layouts.diffusers import check_scheme, is_of_diffusers
 from loaders.layouts.engines import wants_stacks
 from loaders.layouts.hf import HfLayout
+from loaders.presets.auto import AutoQuant
 from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
@@ -43,6 +44,8 @@ class Target:
     adapter: Address | None = None
     components: tuple[str, ...] | None = None  # of a pipeline of diffusers: those to quantize; None: the usual ones
     next_tokens: NextTokens = "auto"
+    kept_dtype: str = "source"  # of floats that are kept: torch's name, as they are stored, or auto
+    max_shard_bytes: int | None = None  # of a weight file
 
     @property
     def layout(self) -> Layout:
@@ -210,6 +213,8 @@ def target_of(spec: JobSpec) -> Target:
     if backend not in ("auto", *offered(scheme)):
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(offered(scheme))}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
+    # A budget is of the sizes that were measured: those of what is kept as it is stored.
+    is_searched = isinstance(spec.quant, AutoQuant) and spec.output.dtype == "auto"
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
         id=TARGET, scheme=scheme, rules=spec.own_rules, compute_dtype=compute_dtype, mix=spec.quant.mix,
@@ -217,4 +222,6 @@ def target_of(spec: JobSpec) -> Target:
         new_blocks=spec.transform.num_blocks or 0, adapter=spec.transform.adapter,
         components=spec.model.components_to_quantize,
         next_tokens=spec.mtp,
+        kept_dtype="source" if is_searched else spec.output.dtype,
+        max_shard_bytes=spec.output.max_shard_bytes,
     )  # fmt: skip

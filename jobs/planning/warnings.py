@@ -33,7 +33,7 @@ def warnings(
 ) -> list[str]:
     """Return the warnings about a target's plan, one line each."""
     if isinstance(scheme, Plain):
-        return []
+        return _grown(decisions)
     said = []
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized and layout.name != "gguf":
@@ -43,6 +43,7 @@ def warnings(
     said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)
     said += _grown(decisions)
+    said += _again(quantized) if layout.name != "gguf" or checkpoint.container != "gguf" else []
     if scheme.engine == "compressed-tensors":
         of_schemes = [(d.scheme, d.tensor.dtype.name, d.tensor.role) for d in quantized]
         said += [finding.warning for finding in compressed_tensors_lint.of_schemes(of_schemes)]
@@ -124,25 +125,33 @@ def _stay(some: Sequence[Decision]) -> str:
 
 
 def _grown(decisions: Sequence[Decision]) -> list[str]:
-    """Return a warning about an output that is larger than its source, which is quantized and is decoded here."""
-    if all(d.tensor.decode is None for d in decisions):
-        return []
+    """Return a warning about an output that is larger than its source."""
     written = [d for d in decisions if d.encoding is not None]
     sizes = [sum(part.size for part in d.encoding.stored.values()) for d in written if d.encoding is not None]
     before, after = sum(d.tensor.source_bytes for d in decisions), sum(sizes)
-    grown = [
-        (d.tensor, now)
-        for d, now in zip(written, sizes, strict=True)
-        if d.tensor.decode is not None and now > d.tensor.source_bytes
-    ]
+    grown = [(d.tensor, now) for d, now in zip(written, sizes, strict=True) if now > d.tensor.source_bytes]
     if after <= before or not grown:
         return []
-    first, kind = grown[0][0], grown[0][0].decode
+    first = grown[0][0]
     source, output = sum(tensor.source_bytes for tensor, _ in grown), sum(now for _, now in grown)
+    kinds = dict.fromkeys(tensor.decode.kind for tensor, _ in grown if tensor.decode is not None)
+    which = f"the source, already quantized ({', '.join(kinds)}), needs" if kinds else "the source needs"
     return [
         f"the output is larger than the source, {size(after)} instead of {size(before)}:"
-        f" {counted(len(grown), 'tensor takes', 'tensors take')} {size(output)}, for which the source, already"
-        f" quantized ({kind.kind if kind else ''}), needs {size(source)} ({first.name} first)"
+        f" {counted(len(grown), 'tensor takes', 'tensors take')} {size(output)}, for which {which} {size(source)}"
+        f" ({first.name} first)"
+    ]
+
+
+def _again(quantized: Sequence[Decision]) -> list[str]:
+    """Return a warning about weights that are quantized a second time."""
+    again = [d.tensor for d in quantized if d.tensor.decode is not None]
+    if not again:
+        return []
+    kinds = dict.fromkeys(tensor.decode.kind for tensor in again if tensor.decode is not None)
+    return [
+        f"{counted(len(again), 'tensor is', 'tensors are')} quantized already ({', '.join(kinds)}) and quantized again,"
+        " from what they decode to: more is lost than from the weights they came from"
     ]
 
 

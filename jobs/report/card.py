@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs.output.card_block import BEGIN, END, around_block, with_block
-from jobs.output.report import Damage, Judged, Report
+from jobs.output.report import Damage, Judged, JudgedStates, Report
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.warnings import HERE
 from jobs.report.card_metadata import front_matter, origin_of
@@ -160,16 +160,25 @@ def _damage(damage: Damage) -> Iterator[str]:
         yield from _quality(damage.quality)
 
 
-def _quality(found: Judged) -> Iterator[str]:
+def _quality(found: Judged | JudgedStates) -> Iterator[str]:
     yield ""
     yield f"Over {found.tokens:,} tokens of {line(found.text)}, in {line(found.engine)}:"
     yield ""
-    yield f"- KL(original || output): {found.kl:.5f} nats a token (95 %: {found.kl_low:.5f} to {found.kl_high:.5f})"
+    if isinstance(found, JudgedStates):
+        yield f"- cosine of last hidden states: {found.cosine:.5f}{_interval(found.cosine_low, found.cosine_high)}"
+        yield f"- cosine of the means of texts' hidden states: {found.pooled_cosine:.5f}"
+        yield f"- relative error of last hidden states: {found.hidden_error:.5f}"
+        return
+    yield f"- KL(original || output): {found.kl:.5f} nats a token{_interval(found.kl_low, found.kl_high)}"
     yield (
         f"- perplexity: {found.perplexity:.4f}, the original's {found.perplexity_original:.4f}:"
         f" {found.perplexity_ratio:.5f} times"
     )
     yield f"- the same token most likely: {found.top1:.2%}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" (95 %: {low:.5f} to {high:.5f})"
 
 
 def _loaded(loading: Loading) -> Iterator[str]:

@@ -16,6 +16,22 @@ from jobs.report.tables import in_a_line, table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
+COSINE, HIDDEN_ERROR = "quality/cosine", "quality/hidden_error"
+WORDS = {
+    BITS: "bits per weight",
+    ERROR: "relative error of the weights",
+    "error/worst": "relative error of the worst tensor",
+    "error/sqnr_db": "SQNR of the weights, dB",
+    KL: "KL divergence of the logits, nats per token",
+    "quality/perplexity": "perplexity",
+    "quality/perplexity_ratio": "perplexity, times the original's",
+    "quality/top1": "share of tokens with the same most likely next one",
+    COSINE: "cosine of the hidden states",
+    HIDDEN_ERROR: "relative error of the hidden states",
+}
+# Metrics of which more is better
+GAINS = (COSINE, "quality/pooled_cosine", "quality/cosine_p1", "quality/cosine_min", "quality/top1", "error/sqnr_db",
+         "error/sqnr_mean_db", "error/sqnr_worst_db", "error/cosine", "size/ratio")  # fmt: skip
 SHOWN_TENSORS = 8  # tensors that differ most, as shown in texts; the document has more
 
 
@@ -29,6 +45,8 @@ class ComparedJob:
     run_id: str | None = None
     output: str | None = None
     why: str = ""
+    source: str = ""  # the model that it is of, as `model_of` names it
+    fingerprint: str = ""  # of that model; empty if it is not known
     layers: Mapping[int, float] = field(default_factory=dict)  # relative errors by layer
     tensors: Mapping[str, float] = field(default_factory=dict)  # relative errors by tensor
 
@@ -60,10 +78,13 @@ COLUMNS = (
     Column("worst", "error/worst", "{:.5f}"),
     Column("SQNR dB", "error/sqnr_db", "{:.2f}"),
     Column("KL", "quality/kl", "{:.5f}"),
-    Column("95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
+    Column("KL's 95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
     Column("perplexity", "quality/perplexity", "{:.3f}"),
     Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
     Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
+    Column("cosine", COSINE, "{:.5f}"),
+    Column("cosine's 95 %", "quality/cosine_low", "{:.5f} to {:.5f}", second="quality/cosine_high"),
+    Column("hidden error", HIDDEN_ERROR, "{:.5f}"),
     Column("pass s", "time/wall_s", "{:.2f}"),
     Column("encoding s", "time/encode_s", "{:.2f}"),
     Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
@@ -84,26 +105,59 @@ def compared_job(name: str, report: Report, run_id: str | None = None, output: s
         run_id=run_id,
         output=output,
         why="",
+        source=model_of(report.run.request),
+        fingerprint=report.source.fingerprint,
         layers=layers,
         tensors=tensors,
     )
 
 
+def model_of(request: Mapping[str, Any]) -> str:
+    """Return a name of the model that a resolved request quantizes: its source, and what changes it before."""
+    model, transform = request.get("model") or {}, request.get("transform") or {}
+    named = model.get("path") or model.get("hub_id") or model.get("name") or "?"
+    revision = "" if model.get("path") or not model.get("revision") else f"@{model['revision']}"
+    adapter = f" with {transform['path']} merged" if transform.get("path") else ""
+    blocks = f" with {transform['num_blocks']} blocks more" if transform.get("num_blocks") else ""
+    return f"{named}{revision}{adapter}{blocks}"
+
+
+def by_source(jobs: Sequence[ComparedJob]) -> dict[str, list[ComparedJob]]:
+    """Return the jobs of each model by its name; two models of one name have their fingerprints in it."""
+    known: dict[str, list[str]] = {}
+    for job in jobs:
+        prints = known.setdefault(job.source, [])
+        prints += [job.fingerprint] if job.fingerprint and job.fingerprint not in prints else []
+    found: dict[str, list[ComparedJob]] = {}
+    for job in jobs:
+        prints = known[job.source]
+        mine = job.fingerprint or (prints[0] if prints else "")
+        found.setdefault(f"{job.source} ({mine[:8]})" if len(prints) > 1 else job.source, []).append(job)
+    return found
+
+
 def error_of(jobs: Sequence[ComparedJob]) -> str:
-    """Return the metric that says best what jobs lose: of what was judged in engines, or else of the weights."""
-    return KL if any(KL in job.metrics for job in jobs) else ERROR
+    """Return the metric that says best what jobs lose: of what all were judged by in engines, or else of weights."""
+    done = [job for job in jobs if job.is_comparable]
+    return next((name for name in (KL, HIDDEN_ERROR) if done and all(name in job.metrics for job in done)), ERROR)
+
+
+def words_of(metric: str) -> str:
+    """Return what a metric is called in pictures and texts."""
+    return WORDS.get(metric, metric)
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
     """Return the names of the jobs that no other job beats in both bits per weight and error, smallest first."""
+    sign = -1 if error in GAINS else 1
     comparable = sorted(
         (job for job in jobs if job.is_comparable and error in job.metrics),
-        key=lambda job: (job.metrics[BITS], job.metrics[error]),
+        key=lambda job: (job.metrics[BITS], sign * job.metrics[error]),
     )
     front: list[ComparedJob] = []
     # In the order of sizes, a job is on the front if its error is below that of all smaller ones.
     for each in comparable:
-        if not front or each.metrics[error] < front[-1].metrics[error]:
+        if not front or sign * each.metrics[error] < sign * front[-1].metrics[error]:
             front.append(each)
     return [each.name for each in front]
 
@@ -173,8 +227,12 @@ class Comparison:
 
     def _front_text(self) -> str:
         by_name = {job.name: job.metrics for job in self.jobs if job.is_comparable}
-        rows = [f"  {by_name[n][BITS]:7.3f} bits  {self.error} {by_name[n][self.error]:.5f}  {n}" for n in self.front]
-        return "\n".join([f"Pareto front (*) of bits per weight against {self.error}, smallest first:", *rows])
+        rows = [f"  {by_name[n][BITS]:7.3f} bits  {by_name[n][self.error]:.5f}  {n}" for n in self.front]
+        return "\n".join([f"Pareto front (*) of bits per weight against {self._error}, smallest first:", *rows])
+
+    @property
+    def _error(self) -> str:
+        return words_of(self.error) + ("" if self.error not in WORDS else f" ({self.error})")
 
     def _differing_table(self) -> RenderableType:
         """Return the tensors whose errors differ most, with the jobs of the least and of the largest error."""
@@ -187,25 +245,22 @@ class Comparison:
             shown.add_row(row["tensor"], *cells)
         return shown
 
-    def markdown(self, title: str, picture: str | None) -> str:
-        """Return the comparison as a Markdown page; `picture` is the file name of its figure."""
-        lines = [f"# {title}", ""]
-        lines += ["|  | job | status | " + " | ".join(c.title for c in self._columns) + " |"]
+    def markdown(self) -> list[str]:
+        """Return the lines of the comparison in Markdown."""
+        lines = ["|  | job | status | " + " | ".join(c.title for c in self._columns) + " |"]
         lines += ["|--|-----|--------|" + "|".join("---:" for _ in self._columns) + "|"]
         for job in self.jobs:
             star = "*" if job.name in self.front else ""
             said = [_cell(text) for text in (star, job.name, job.status_text, *self._cells(job))]
             lines.append("| " + " | ".join(said) + " |")
-        lines += ["", f"\\* on the Pareto front of bits per weight against {self.error}.", ""]
+        lines += ["", f"\\* on the Pareto front of bits per weight against {self._error}.", ""]
         if rows := self.differing[:SHOWN_TENSORS]:
             lines += ["| tensors that differ most | times | least error | most error |", "|--|--:|--|--|"]
             for row in rows:
                 ends = [f"{row['errors'][row[end]]:.5f} {_cell(row[end])}" for end in ("least", "most")]
                 lines.append(f"| {_cell(row['tensor'])} | {row['ratio']:.2f} | {ends[0]} | {ends[1]} |")
             lines.append("")
-        if picture is not None:
-            lines += [f"![error against size, and by layer]({picture})", ""]
-        return "\n".join(lines)
+        return lines
 
 
 def whole(address: str) -> Text:
@@ -225,6 +280,7 @@ def to_json(candidate: ComparedJob) -> dict[str, Any]:
         "why": candidate.why,
         "run_id": candidate.run_id,
         "output": candidate.output,
+        "source": candidate.source,
         "metrics": {name: finite(value) for name, value in sorted(candidate.metrics.items())},
         "error_by_layer": {str(layer): finite(value) for layer, value in candidate.layers.items()},
     }

@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from jobs.output.report import Damage, Judged, Report, ReportedTensor, RoleDamage, Totals, WorstTensor, stats_of
+from jobs.output.report import (
+    Damage,
+    Judged,
+    JudgedStates,
+    Report,
+    ReportedTensor,
+    RoleDamage,
+    Totals,
+    WorstTensor,
+    stats_of,
+)
 from loaders.stats import ErrorSums, finite
 
 # A layer's number in the names of transformers, GPT-2 ("h") and llama.cpp ("blk").
@@ -60,7 +70,7 @@ def metrics(report: Report) -> dict[str, float]:
 
 
 def quality_metrics(quality: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return the metrics of verify=logits; none if the output was not evaluated."""
+    """Return the metrics of verify=logits or verify=embeddings; none if the output was not evaluated."""
     return {
         f"quality/{name}": float(value) for name, value in (quality or {}).items() if isinstance(value, int | float)
     }
@@ -129,8 +139,15 @@ def damage_of(
         sqnr_db=totals.sqnr_db,
         roles={role: _role(mine) for role, mine in roles.items()},
         worst=tuple(_worst(tensor) for tensor in worst_of(tensors)),
-        quality=None if quality is None else Judged(**{name: quality[name] for name in Judged.model_fields}),
+        quality=_judged(quality),
     )
+
+
+def _judged(quality: Mapping[str, Any] | None) -> Judged | JudgedStates | None:
+    if quality is None:
+        return None
+    model = Judged if "kl" in quality else JudgedStates
+    return model(**{name: quality[name] for name in model.model_fields})
 
 
 def _role(tensors: Sequence[ReportedTensor]) -> RoleDamage:

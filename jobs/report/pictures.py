@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jobs.output.report import Report
 from jobs.report import charts
-from jobs.report.comparison import BITS, KL, ComparedJob
+from jobs.report.comparison import BITS, ComparedJob, words_of
 from jobs.report.metrics import LAYER, error_by_layer
 from jobs.report.tables import size
 
@@ -59,10 +59,7 @@ def size_and_error(jobs: Sequence[ComparedJob], front: Sequence[str], error: str
     if not drawn:
         return None
     points = [charts.Point(job.name, job.metrics[BITS], job.metrics[error], _interval(job, error)) for job in drawn]
-    return charts.scatter(points, front, "bits per weight", WORDS.get(error, error))
-
-
-WORDS = {"error/relative": "relative error", KL: "KL divergence, nats a token"}
+    return charts.scatter(points, front, "bits per weight", words_of(error))
 
 
 def _interval(job: ComparedJob, error: str) -> tuple[float, float] | None:

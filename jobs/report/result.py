@@ -68,22 +68,38 @@ def _effort(run: RunReport) -> Iterator[str]:
 
 def quality_text(quality: Mapping[str, Any]) -> RenderableType:
     """Render the quality of an output, compared with its original."""
-    shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",), prose=("",))
-    spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
-    shown.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
-    shown.add_row(
-        "perplexity, times the original's",
-        f"{quality['perplexity_ratio']:.5f}",
-        _interval(quality, "perplexity_ratio"),
-        f"{quality['perplexity']:.4f}, the original's {quality['perplexity_original']:.4f}",
-    )
-    seconds = f"{quality['seconds']:.1f} s, the original {quality['reference_seconds']:.1f} s"
-    shown.add_row("same token most likely", f"{quality['top1']:.2%}", "", f"in {quality['engine']}; {seconds}")
+    has_interval = any(value is not None for name, value in quality.items() if name.endswith("_low"))
+    few = "" if has_interval else f" (only {quality['windows']} windows: no intervals)"
+    titles = (f"over {quality['tokens']:,} tokens of {quality['text']}{few}", " ", "95 %" if has_interval else "", "")
+    shown = table(*titles, right=(" ",))
+    for row in _logits(quality) if "kl" in quality else _hidden_states(quality):
+        shown.add_row(*row)
     return shown
 
 
+def _logits(quality: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
+    yield "KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread
+    both = f"{quality['perplexity']:.4f}, the original's {quality['perplexity_original']:.4f}"
+    ratio = f"{quality['perplexity_ratio']:.5f}"
+    yield "perplexity, times the original's", ratio, _interval(quality, "perplexity_ratio"), both
+    yield "same token most likely", f"{quality['top1']:.2%}", "", _where(quality)
+
+
+def _hidden_states(quality: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    spread = f"99 % of tokens above {quality['cosine_p1']:.4f}, none below {quality['cosine_min']:.4f}"
+    yield "cosine of hidden states", f"{quality['cosine']:.5f}", _interval(quality, "cosine"), spread
+    yield "cosine of a window's mean", f"{quality['pooled_cosine']:.5f}", "", ""
+    yield "relative error of hidden states", f"{quality['hidden_error']:.5f}", "", _where(quality)
+
+
+def _where(quality: Mapping[str, Any]) -> str:
+    return f"in {quality['engine']}; {quality['seconds']:.1f} s, the original {quality['reference_seconds']:.1f} s"
+
+
 def _interval(quality: Mapping[str, Any], name: str) -> str:
-    return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
+    low, high = quality[f"{name}_low"], quality[f"{name}_high"]
+    return "" if low is None or high is None else f"{low:.5f} to {high:.5f}"
 
 
 def findings_text(found: Sequence[Finding | LintFinding], warnings: Sequence[str] = ()) -> RenderableType:

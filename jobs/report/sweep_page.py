@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from jobs.report import html
-from jobs.report.comparison import SHOWN_TENSORS, ComparedJob, Comparison
+from jobs.report.comparison import GAINS, SHOWN_TENSORS, ComparedJob, Comparison, words_of
 from jobs.report.html import code
-from jobs.report.pictures import WORDS, size_and_error
+from jobs.report.pictures import size_and_error
 from loaders.words import counted
 
 
@@ -38,8 +38,8 @@ def _source(compared: Comparison, links: Mapping[str, str]) -> Iterator[str]:
         for job in compared.jobs
     ]  # fmt: skip
     yield html.table(("", "job", "status", *(f"-{title}" for at, title in titles if at not in same)), rows)
-    error = WORDS.get(compared.error, compared.error)
-    yield html.tag("p", f"★ is on the Pareto front: no other job is both smaller and of a lower {error}.", "dim")
+    error, better = words_of(compared.error), "higher" if compared.error in GAINS else "lower"
+    yield html.tag("p", f"★ is on the Pareto front: no other job is both smaller and of a {better} {error}.", "dim")
     if (drawn := size_and_error(compared.jobs, compared.front, compared.error)) is not None:
         yield html.figure(f"Size and {error}; the line is the Pareto front", drawn)
     if differing := compared.differing[:SHOWN_TENSORS]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.spec.base import Columns, FloatName, Format, LocalPath, Location, Source, Spec
+from jobs.spec.base import Columns, FloatName, Format, Location, Source, Spec
 from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from jobs.spec.tracking import TrackingSpec
+from jobs.spec.verify import VerifySpec
 from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
@@ -31,12 +32,25 @@ from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
-# Metrics that a sweeper may search by: those that every job has, and those of verify=logits.
+# Metrics that a sweeper may search by: those that every job has, and those of verify=logits and verify=embeddings.
+JUDGED = {
+    "logits": ("quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1"),
+    "embeddings": ("quality/cosine", "quality/pooled_cosine", "quality/hidden_error"),
+}
 OBJECTIVES = (
     "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
-    "load/gigabytes_per_second", "load/peak_anonymous_bytes",
-    "quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1",
+    "load/gigabytes_per_second", "load/peak_anonymous_bytes", *(name for kind in JUDGED.values() for name in kind),
 )  # fmt: skip
+
+
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?([KMGT])(i?)B", re.IGNORECASE)
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size that SIZE matches: 5GB is 5e9, 5GiB is 5 * 2**30."""
+    match = SIZE.fullmatch(size)
+    assert match is not None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
 
 
 class ModelSpec(Spec):
@@ -197,6 +211,14 @@ class OutputSpec(Spec):
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
+    dtype: Literal["auto", "source", "bfloat16", "float16", "float32"] = Field(
+        default="source",
+        description="the dtype of what is not quantized; source: as it is stored; auto: so, but bfloat16 from a GGUF",
+    )
+    max_shard_size: str | None = Field(
+        default=None,
+        description="the most that a weight file holds, such as 5GB or 512MiB; null: what a unit of work writes",
+    )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
     card: bool = Field(
         default=True, description="write a model card, README.md; false: the source's is copied as it is, if it has one"
@@ -215,6 +237,18 @@ class OutputSpec(Spec):
         default=None,
         description="hf://: where the journal is, a folder or s3://, gs://, az:// with a prefix; null: in your cache",
     )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_is_a_size(cls, size: str | None) -> str | None:
+        if size is not None and (SIZE.fullmatch(size) is None or bytes_of(size) < 1):
+            raise ValueError("expected a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 5GB")
+        return size
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """`max_shard_size` in bytes."""
+        return None if self.max_shard_size is None else bytes_of(self.max_shard_size)
 
     @property
     def local_root(self) -> Path:
@@ -246,53 +280,6 @@ class ClusterSpec(Spec):
         default=None, ge=1, description="units in flight; by default from the number of CPUs"
     )
     ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
-
-
-class WeightsGate(Spec):
-    """The limits that every tensor must keep."""
-
-    allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
-    max_relative_error: float | None = Field(
-        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
-    )
-
-
-class StrictSpec(WeightsGate):
-    """conf/verify/strict: the weights are verified."""
-
-    kind: Literal["strict"] = "strict"
-
-
-class LogitsSpec(WeightsGate):
-    """conf/verify/logits: the weights are verified, and the logits that the output computes in its engine."""
-
-    kind: Literal["logits"]
-    text: LocalPath | None = Field(description="logits: a file of UTF-8 text to predict; null: one of the package")
-    tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
-    window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        description="logits: the device of original and output; auto: a GPU if the engine can use one"
-    )
-    dtype: FloatName = Field(
-        description="logits: dtype of float arithmetic; below float32, its rounding is measured too"
-    )
-    max_kl: float | None = Field(gt=0, description="logits: fail above this mean KL(original || output), nats a token")
-    max_perplexity_ratio: float | None = Field(
-        gt=0, description="logits: fail if the output's perplexity is more than so many times the original's"
-    )
-    min_top1: float | None = Field(
-        gt=0, le=1, description="logits: fail if both find the same token most likely for less than this share"
-    )
-
-    @field_validator("window")
-    @classmethod
-    def _there_are_two(cls, window: int, about: ValidationInfo) -> int:
-        if window > about.data.get("tokens", 2 * window) // 2:
-            raise ValueError(f"expected at most half of verify.tokens={about.data['tokens']}: an interval takes two")
-        return window
-
-
-VerifySpec = Annotated[StrictSpec | LogitsSpec, Field(discriminator="kind")]
 
 
 class JobSpec(Spec):
@@ -339,9 +326,9 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _objectives_are_measured(self) -> JobSpec:
-        for name in self.objective:
-            if name.startswith("quality/") and self.verify.kind != "logits":
-                raise ValueError(f"objective: {name} is measured with verify=logits")
+        for kind, names in JUDGED.items():
+            if self.verify.kind != kind and (wanted := [name for name in self.objective if name in names]):
+                raise ValueError(f"objective: {wanted[0]} is measured with verify={kind}")
         return self
 
     @model_validator(mode="after")
@@ -371,8 +358,8 @@ class JobSpec(Spec):
     @model_validator(mode="after")
     def _original_is_the_merged_model(self) -> JobSpec:
         calibration = getattr(self.quant, "calibration", None)
-        if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):
-            what = "verify=logits" if self.verify.kind == "logits" else "quant.calibration"
+        if self.transform.kind == "merge_lora" and (self.verify.kind in JUDGED or calibration is not None):
+            what = f"verify={self.verify.kind}" if self.verify.kind in JUDGED else "quant.calibration"
             raise ValueError(
                 f"transform: {what} runs the model at model.path, which is not the merged one; write the merged model"
                 " with quant=none first, and give that as model.path"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.report.comparison import model_of
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri
 from jobs.tracking.reading import OpenedStore, lacks_file
@@ -32,6 +33,8 @@ class Tracked:
     why: str
     metrics: Mapping[str, float]
     output: str | None
+    source: str  # the model that was quantized, and its fingerprint
+    fingerprint: str
     client: Any
 
     def series(self, name: str) -> dict[int, float]:
@@ -116,10 +119,15 @@ class Store:
 
     def _tracked(self, run: Any) -> Tracked:
         status, why = _status(run)
-        metrics = dict(run.data.metrics)
+        metrics, params = dict(run.data.metrics), run.data.params
+        request = {
+            part: {key: value for name, value in params.items() if (key := name.removeprefix(f"{part}.")) != name}
+            for part in ("model", "transform")
+        }
         return Tracked(
             run_id=run.info.run_id, name=run.info.run_name or run.info.run_id, status=status, why=why, metrics=metrics,
-            output=run.data.tags.get("weightmill.output"), client=self._client,
+            output=run.data.tags.get("weightmill.output"), source=model_of(request),
+            fingerprint=run.data.tags.get("weightmill.source", ""), client=self._client,
         )  # fmt: skip
 
 

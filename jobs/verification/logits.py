@@ -1,8 +1,8 @@
-"""verify=logits: the logits of a job's output, compared with those of its original before the output is published.
+"""verify=logits and verify=embeddings: what a job's output computes, compared with its original before it is published.
 
-Whatever can be wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's
-logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true`
-removes them.
+Compared are the logits of a causal language model, or the last hidden states of any model of text. Whatever can be
+wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's numbers are kept in
+a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true` removes them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jobs.cli.verb import note
 from jobs.output.journal import LOGITS
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.tables import size
-from jobs.spec.job import LogitsSpec
+from jobs.spec.verify import EmbeddingsSpec, LogitsSpec
 from loaders.architectures.family import text_config
 from loaders.backends.machine import total_memory
-from loaders.checkpoints.checkpoint import READS_FOLDERS, open_checkpoint
-from loaders.errors import BadSpec, StorageError, VerifyFailed, setting
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
+from loaders.errors import BadSpec, StorageError, VerifyFailed, setting, settings_called
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import digest, text_digest
@@ -34,21 +34,23 @@ from loaders.storage.local import free_bytes
 # These modules import torch, which takes seconds.
 if TYPE_CHECKING:
     from loaders.models.evaluating import Reference, Windows
+    from loaders.models.hidden_states import Closeness
     from loaders.models.quality import Quality
     from loaders.models.runners import Engine
 
 KEPT = "quality.json"
+WHAT = {"logits": "logits", "embeddings": "last hidden states"}
 
 
 @dataclass(frozen=True)
 class Judging:
-    """A planned evaluation: the settings, the original, the output's engine, and the folder of the logits."""
+    """A planned evaluation: the settings, the original, the output's engine, and the folder of what is kept."""
 
-    spec: LogitsSpec
+    spec: LogitsSpec | EmbeddingsSpec
     reference: Reference
     engine: Engine
     folder: Path
-    logits_bytes: int
+    numbers_bytes: int
 
     @property
     def note(self) -> str:
@@ -56,43 +58,48 @@ class Judging:
         windows, length = self.reference.windows.ids.shape
         is_there = self.reference.is_in(self.folder)
         return (
-            f"judged by its logits: {windows} windows of {length} tokens of {self.reference.windows.text}, in"
-            f" {self.engine.described}; the original's ({size(self.logits_bytes)})"
+            f"judged by its {WHAT[self.spec.kind]}: {windows} windows of {length} tokens of"
+            f" {self.reference.windows.text}, in {self.engine.described}; the original's ({size(self.numbers_bytes)})"
             f" {'are' if is_there else 'go'} in {self.folder}"
         )
 
 
-def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
-    """Plan the evaluation of an output; its original's logits are kept next to it.
+def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
+    """Plan the evaluation of an output; its original's numbers are kept next to it.
 
     Raises:
         BadSpec: the text, the tokenizer or the model does not allow an evaluation; an engine is missing, or cannot
             compute with one of the output's tensors on this machine; or the source or the output is not local.
-        StorageError: the original's logits do not fit on the disk.
+        StorageError: the original's numbers do not fit on the disk.
     """
-    try:
-        return _planned(spec, plan, target, output)
-    except BadSpec as error:
-        cannot = f"{setting('evaluate')}: "
-        said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
-        raise BadSpec(said) from None
+    with settings_called({"evaluate": f"verify={spec.kind}"}):
+        try:
+            return _planned(spec, plan, target, output)
+        except BadSpec as error:
+            cannot = f"{setting('evaluate')}: "
+            said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
+            raise BadSpec(said) from None
 
 
-def _planned(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
+def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
     from importlib import util
 
     from loaders.models import runners
 
     if missing := [name for name in ("torch", "transformers", "accelerate") if util.find_spec(name) is None]:
         raise BadSpec(
-            f"verify=logits: the original runs in transformers, and {', '.join(missing)} is not installed here:"
+            f"verify={spec.kind}: the original runs in transformers, and {', '.join(missing)} is not installed here:"
             " pip install 'weightmill[models]'"
         )
     from loaders.models.evaluating import Reference
+    from loaders.models.heads import width_of
 
-    plan.checkpoint.folder(f"verify=logits: {READS_FOLDERS}")
+    plan.checkpoint.folder(f"verify={spec.kind}: {READS_FOLDERS}")
     if not output.is_local:
-        raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first")
+        raise BadSpec(f"verify={spec.kind}: {READS_FOLDERS}; write {output} into a folder first")
+    states = isinstance(spec, EmbeddingsSpec)
+    if not states:
+        _check_logits(plan.checkpoint)
     engine = runners.engine_of(target.target.layout.name, target.config)
     for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
         runners.check_engine(each, spec.device, what)
@@ -100,14 +107,15 @@ def _planned(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) 
     runners.check_tensors(engine, spec.device, quantized)
     _check_memory(spec, plan)
     windows = _windows(plan.checkpoint.address, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
-                       spec.window)  # fmt: skip
-    reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype)
+                       spec.window, states)  # fmt: skip
+    reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype, states)
     words = text_config(plan.checkpoint.config, "vocab_size") or windows.vocabulary
-    folder, need = output.parent.path / LOGITS, 4 * windows.tokens * int(words)
+    width = width_of(plan.checkpoint.config) if states else int(words)
+    folder, need = output.parent.path / LOGITS, 4 * reference.tokens * width
     if not reference.is_in(folder) and need > free_bytes(folder):
         raise StorageError(
-            f"verify.tokens: the original's logits take {size(need)} in {folder}, {size(free_bytes(folder))} are free"
-            " there; take fewer tokens, or make room"
+            f"verify.tokens: the original's {WHAT[spec.kind]} take {size(need)} in {folder},"
+            f" {size(free_bytes(folder))} are free there; take fewer tokens, or make room"
         )
     return Judging(spec, reference, engine, folder, need)
 
@@ -123,57 +131,72 @@ def asked(verify: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _check_logits(checkpoint: Checkpoint) -> None:
+    from loaders.models.heads import check_causal, encodes
+
+    try:
+        check_causal(checkpoint)
+    except BadSpec as error:
+        if not encodes(checkpoint):
+            raise
+        raise BadSpec(f"{error}; verify=embeddings judges it by its hidden states") from None
+
+
 def _changed(text: str | None) -> int:
     return Path(text).stat().st_mtime_ns if text is not None and Path(text).is_file() else 0
 
 
 @lru_cache(maxsize=8)
-def _windows(where: Address, container: str, text: str | None, changed: int, tokens: int, window: int) -> Windows:
+def _windows(
+    where: Address, container: str, text: str | None, changed: int, tokens: int, window: int, states: bool
+) -> Windows:
     """Read the windows of a text, once for all jobs of a sweep. `changed`, its mtime, is part of the cache's key."""
     from loaders.models.evaluating import read_windows
 
-    return read_windows(open_checkpoint(where, container), text, tokens=tokens, window=window)
+    return read_windows(open_checkpoint(where, container), text, tokens=tokens, window=window, states=states)
 
 
-def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
+def _check_memory(spec: LogitsSpec | EmbeddingsSpec, plan: Plan) -> None:
     from loaders.models.runners import ORIGINAL, device_of
 
     need = plan.parameters * (4 if spec.dtype == "float32" else 2)
     if device_of(ORIGINAL, spec.device) == "cpu" and need > total_memory():
         less = "; verify.dtype=bfloat16 takes half of it" if spec.dtype == "float32" else ""
         raise BadSpec(
-            f"verify=logits: the original takes {size(need)} in {spec.dtype}, this machine has"
+            f"verify={spec.kind}: the original takes {size(need)} in {spec.dtype}, this machine has"
             f" {size(total_memory())}{less}"
         )
 
 
 def judged(
     judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = ()
-) -> Quality:
-    """Evaluate an output's files. The result is kept in the journal of `keep`, for files with the same `digests`.
+) -> Quality | Closeness:
+    """Evaluate an output's files; the result is kept in the journal of `keep`, for files with the same `digests`.
 
     A job that fails a limit thus need not be evaluated again under a wider one.
 
     Raises:
         BadCheckpoint: an engine cannot load the original or the output.
-        VerifyFailed: the output computes NaN or infinities, or has too few logits.
+        VerifyFailed: the output computes NaN or infinities, or other numbers of logits or hidden states.
         StorageError: the disk is full, ...
     """
-    from loaders.models.evaluating import judge, kept
+    from loaders.models.evaluating import judge, judge_states, kept
+    from loaders.models.hidden_states import Closeness
     from loaders.models.quality import Quality
 
     reference = judging.reference
     key = text_digest(" ".join([reference.key, judging.engine.described, *digests]))
     before = None if keep is None else keep.get(KEPT)
     if before is not None:
-        found = json_object(before, KEPT)
-        if found.get("key") == key:
-            return Quality(**{**found["quality"], "kl_by_window": tuple(found["quality"]["kl_by_window"])})
+        made = json_object(before, KEPT)
+        if made.get("key") == key:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["quality"].items()}
+            return Closeness(**values) if reference.states else Quality(**values)
     with kept(judging.folder) as folder:
-        done = "its logits are there" if reference.is_in(folder) else "in transformers"
+        done = f"its {WHAT[judging.spec.kind]} are there" if reference.is_in(folder) else "in transformers"
         note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
-        with Meter(f"evaluating {name}", 2 * reference.windows.tokens, "tokens") as meter:
-            quality = judge(
+        with Meter(f"evaluating {name}", 2 * reference.tokens, "tokens") as meter:
+            quality: Quality | Closeness = (judge_states if reference.states else judge)(
                 reference, open_checkpoint(output, key="output.path"), judging.engine, folder, key=name,
                 on_tokens=meter.add,
             )  # fmt: skip
@@ -182,26 +205,48 @@ def judged(
     return quality
 
 
-def faults_of(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
+def faults_of(spec: LogitsSpec | EmbeddingsSpec, quality: Mapping[str, Any]) -> list[str]:
     """List the limits that an output's quality exceeds."""
+    return _faults_of_states(spec, quality) if isinstance(spec, EmbeddingsSpec) else _faults_of_logits(spec, quality)
+
+
+def _faults_of_logits(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
     found = []
     if spec.max_kl is not None and quality["kl"] > spec.max_kl:
         found.append(
-            f"KL of the logits is {quality['kl']:.5g} nats a token (95 %: {quality['kl_low']:.5g} to"
-            f" {quality['kl_high']:.5g}), above verify.max_kl={spec.max_kl:g}"
+            f"KL of the logits is {quality['kl']:.5g} nats a token{_interval(quality, 'kl')}, above"
+            f" verify.max_kl={spec.max_kl:g}"
         )
     ratio, most = quality["perplexity_ratio"], spec.max_perplexity_ratio
     if most is not None and ratio > most:
         found.append(
-            f"perplexity is {ratio:.5g} times the original's (95 %: {quality['perplexity_ratio_low']:.5g} to"
-            f" {quality['perplexity_ratio_high']:.5g}), above verify.max_perplexity_ratio={most:g}"
+            f"perplexity is {ratio:.5g} times the original's{_interval(quality, 'perplexity_ratio')}, above"
+            f" verify.max_perplexity_ratio={most:g}"
         )
     if spec.min_top1 is not None and quality["top1"] < spec.min_top1:
         found.append(f"top-1 agreement is {quality['top1']:.5g}, below verify.min_top1={spec.min_top1:g}")
     return found
 
 
-def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> None:
+def _faults_of_states(spec: EmbeddingsSpec, quality: Mapping[str, Any]) -> list[str]:
+    found = []
+    if spec.min_cosine is not None and quality["cosine"] < spec.min_cosine:
+        found.append(
+            f"the cosine of hidden states is {quality['cosine']:.5g}{_interval(quality, 'cosine')}, below"
+            f" verify.min_cosine={spec.min_cosine:g}"
+        )
+    error, most = quality["hidden_error"], spec.max_hidden_error
+    if most is not None and error > most:
+        found.append(f"the relative error of hidden states is {error:.5g}, above verify.max_hidden_error={most:g}")
+    return found
+
+
+def _interval(quality: Mapping[str, Any], name: str) -> str:
+    low, high = quality[f"{name}_low"], quality[f"{name}_high"]
+    return "" if low is None or high is None else f" (95 %: {low:.5g} to {high:.5g})"
+
+
+def pass_gate(spec: LogitsSpec | EmbeddingsSpec, quality: Mapping[str, Any], output: Address) -> None:
     """Check an output's quality.
 
     Raises:

@@ -1,8 +1,8 @@
 """Verifying a published output again, with the units of its job but without encoding.
 
 Every file must have the hash in the report. Every tensor is decoded and compared with the source, must pass the gate,
-and must give exactly the error sums that were recorded when it was written. With verify=logits, the output then runs in
-its engine.
+and must give exactly the error sums that were recorded when it was written. With verify=logits or verify=embeddings,
+the output then runs in its engine.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.report.page import make_page
 from jobs.report.result import quality_text
-from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
+from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.spec.strategy import StrategySpec, reading
+from jobs.spec.verify import JudgedSpec, VerifySpec
 from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of
 from jobs.verification.without_weights import list_faults, page_faults, range_digest, report_faults
 from loaders.backends import kernels_of
@@ -177,7 +178,7 @@ def verify_output(
     spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
     judging = None
-    if isinstance(verify, LogitsSpec):
+    if isinstance(verify, JudgedSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
     written = open_checkpoint(pinned)
     faults = report_faults(plan, written, report) or list_faults(plan, written, report)

@@ -68,6 +68,22 @@ def load_model_and_tokenizer(
     return _model(checkpoint, config), tokenizer_of(checkpoint)
 
 
+def load_as(auto: Any, checkpoint: Checkpoint, device: str, *, dtype: str, decode: bool) -> Any:
+    """Load a checkpoint by one of transformers' Auto classes, of whatever kind, without a tokenizer.
+
+    Raises:
+        BadSpec, BadCheckpoint: as `load_model_and_tokenizer`.
+    """
+    config = ModelLoadingConfig(backend=device, decode=decode, dtype=dtype)
+    sources = sources_of(checkpoint, config)
+    skeleton = skeleton_of(checkpoint, sources, dtype=dtype, auto=auto)
+    schemes = schemes_of(checkpoint, sources, skeleton, config)
+    check_usable(skeleton, schemes, lambda name: device)
+    with open_weights(checkpoint, skeleton) as weights:
+        fill_model(skeleton, weights, schemes, lambda name: device)
+    return skeleton.model
+
+
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """Load the tokenizer in a checkpoint's folder; None if the folder has no tokenizer files."""
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""Runners: a checkpoint loaded in its engine, which computes logits from token ids.
+"""Runners: a checkpoint loaded in its engine, which computes logits, or last hidden states, from token ids.
 
 Engines: transformers (plain, bitsandbytes, compressed-tensors, bitnet), hqq, mlx-lm, and llama.cpp through
 llama-cpp-python. The caller chooses the dtype of float arithmetic as far as the engine allows it: with float32, the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from loaders.backends.machine import usable_cpus
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.models.foreign import hqq_model_from, mlx_model_from, model_from
+from loaders.models.engine_runners import Runner, Running, llama_cpp_runner, mlx_runner
+from loaders.models.foreign import hqq_model_from, model_from
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
 
@@ -38,6 +39,7 @@ INSTALLED_BY = {
     "mlx_lm": "mlx-lm",
     "compressed_tensors": "compressed-tensors",
 }
+POOLER = re.compile(r"(^|\.)pooler\.")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # What engines raise for files that they cannot load, or when memory is short. They have no common error class, and a
 # model that cannot be loaded must end as one clear message of the job, not as a traceback.
@@ -45,13 +47,6 @@ FAULTS = (
     ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, IndexError,
     AssertionError,
 )  # fmt: skip
-
-
-class Runner(Protocol):
-    """A loaded model."""
-
-    def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Compute logits, float32 (B, T, V), of B sequences of T tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,34 +182,49 @@ def _torch_device() -> str:
 
 @contextmanager
 def running(
-    checkpoint: Checkpoint, engine: Engine | None, *, device: str, dtype: str, window: int, key: str
-) -> Iterator[Runner]:
+    checkpoint: Checkpoint, engine: Engine | None, *, device: str, dtype: str, window: int, key: str,
+    states: bool = False,
+) -> Iterator[Runner]:  # fmt: skip
     """Load a checkpoint in its engine for the length of the block; without an engine, decoded in transformers.
 
     `dtype`: of the float arithmetic, "float32", "bfloat16" or "float16". `window`: the most tokens of a sequence.
+    `states`: compute last hidden states, after the last norm, instead of logits.
 
     Raises:
-        BadCheckpoint: the engine cannot load it, or leaves some of its weights unset; the message begins with `key`.
+        BadCheckpoint: the engine cannot load it, leaves some of its weights unset, or fails as it computes; the message
+            begins with `key`.
     """
     where, name = device_of(engine or ORIGINAL, device), (engine or ORIGINAL).name
-    load = LOADERS[name] if engine is not None else _decoded
+    load, how = LOADERS[name] if engine is not None else _decoded, Running(where, dtype, window, states)
     with quiet(), _eager() if name in ("transformers", "hqq") else nullcontext():
         try:
             # Engines print progress bars, which would break the job's own.
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                runner, close = load(checkpoint, where, dtype, window)
+                runner, close = load(checkpoint, how)
+                loaded = [runner]
+                del runner
                 # Some engines unpack their weights in the first run, so that only now all errors of loading are known.
-                runner(np.zeros((1, 2), np.int32))
+                loaded[0](np.zeros((1, 2), np.int32))
         except FAULTS as error:
-            said = " ".join(str(error).split())[:400] or type(error).__name__
-            raise BadCheckpoint(f"{key}: {name} does not load {checkpoint.address}: {said}") from error
+            raise _failed(f"{key}: {name} does not load {checkpoint.address}", error) from error
+
+        def run(ids_BT: np.ndarray) -> np.ndarray:
+            try:
+                return loaded[0](ids_BT)
+            except FAULTS as error:
+                raise _failed(f"{key}: {name} fails on {checkpoint.address}", error) from error
+
         try:
-            yield runner
+            yield run
         finally:
             # Models contain reference cycles. The next model is loaded right after this one, and both rarely fit.
-            del runner
+            loaded.clear()
             close()
             gc.collect()
+
+
+def _failed(what: str, error: BaseException) -> BadCheckpoint:
+    return BadCheckpoint(f"{what}: {' '.join(str(error).split())[:400] or type(error).__name__}")
 
 
 @contextmanager
@@ -239,23 +249,26 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+def _transformers(checkpoint: Checkpoint, how: Running) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from loaders.models.heads import auto_of
     from loaders.models.skeleton import BUILDING
 
-    auto: Any = AutoModelForCausalLM
+    auto: Any = auto_of(checkpoint.config) if how.states else AutoModelForCausalLM
     with BUILDING:
         model, about = model_from(
-            auto, checkpoint.folder(READS_FOLDERS), dtype=getattr(torch, dtype), device_map={"": device},
+            auto, checkpoint.folder(READS_FOLDERS), dtype=getattr(torch, how.dtype), device_map={"": how.device},
             output_loading_info=True,
         )  # fmt: skip
-    unset = sorted({*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])})
+    found = {*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])}
+    # A pooler comes after the hidden states, and many checkpoints have none.
+    unset = sorted(key for key in found if not (how.states and POOLER.search(key)))
     if unset:
         raise ValueError(f"{len(unset)} weights are left unset, {unset[0]} first")
-    _compute_in(model, getattr(torch, dtype))
-    return _torch_runner(model, device), lambda: None
+    _compute_in(model, getattr(torch, how.dtype))
+    return _torch_runner(model, how, checkpoint.config), lambda: None
 
 
 def _compute_in(model: Any, dtype: Any) -> None:
@@ -271,93 +284,60 @@ def _compute_in(model: Any, dtype: Any) -> None:
             module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
-def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+def _decoded(checkpoint: Checkpoint, how: Running) -> Any:
     """Load a checkpoint of any kind as floats in transformers: the original that outputs are compared with."""
-    from loaders.models.loading import load_model_and_tokenizer
-
     if checkpoint.container in ("safetensors", "pytorch") and checkpoint.quantized_by is None:
-        return _transformers(checkpoint, device, dtype, window)
-    model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), device, decode=True, dtype=dtype)
-    return _torch_runner(model, device), lambda: None
+        return _transformers(checkpoint, how)
+    return _torch_runner(_ours(checkpoint, how, decode=True), how, checkpoint.config), lambda: None
 
 
-def _hqq(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+def _ours(checkpoint: Checkpoint, how: Running, *, decode: bool) -> Any:
+    """Load a checkpoint in transformers by weightmill's own loader."""
+    from loaders.models.heads import auto_of
+    from loaders.models.loading import load_as, load_model_and_tokenizer
+
+    if how.states:
+        return load_as(auto_of(checkpoint.config), checkpoint, how.device, dtype=how.dtype, decode=decode)
+    model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), how.device, decode=decode, dtype=how.dtype)
+    return model
+
+
+def _hqq(checkpoint: Checkpoint, how: Running) -> Any:
     """Load qmodel.pt with hqq; load hqq's safetensors, which transformers 5 no longer reads, into hqq's modules."""
     import torch
 
-    from loaders.models.loading import load_model_and_tokenizer
-
     if checkpoint.files[0].name == "qmodel.pt":
-        model = hqq_model_from(checkpoint.folder(READS_FOLDERS), getattr(torch, dtype), device)
+        model = hqq_model_from(checkpoint.folder(READS_FOLDERS), getattr(torch, how.dtype), how.device)
     else:
-        model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), device, dtype=dtype)
-    return _torch_runner(model.eval(), device), lambda: None
+        model = _ours(checkpoint, how, decode=False)
+    return _torch_runner(model.eval(), how, checkpoint.config), lambda: None
 
 
-def _torch_runner(model: Any, device: str) -> Runner:
+def _torch_runner(model: Any, how: Running, config: Mapping[str, Any]) -> Runner:
     import torch
 
+    from loaders.models.heads import is_causal
+
     model.eval()
+    options = {"use_cache": False} if is_causal(config) else {}
 
     def run(ids_BT: np.ndarray) -> np.ndarray:
-        ids = torch.from_numpy(ids_BT.astype(np.int64)).to(device)
+        ids = torch.from_numpy(ids_BT.astype(np.int64)).to(how.device)
         with torch.inference_mode():
-            found: np.ndarray = model(input_ids=ids, use_cache=False).logits.float().cpu().numpy()
+            made = (model.base_model if how.states else model)(input_ids=ids, **options)
+            found: np.ndarray = (made.last_hidden_state if how.states else made.logits).float().cpu().numpy()
         return found
 
+    if how.states:
+        # compressed-tensors unpacks weights in the first run of the whole model, and not of a part of it.
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=how.device), **options)
     return run
 
 
-def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
-    import mlx.core as mx
-
-    untyped: Any = mx
-    before = untyped.default_device()
-    untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
-    try:
-        model: Any = mlx_model_from(checkpoint.folder(READS_FOLDERS), is_lazy=False)
-        # This converts scales too, which a wider float holds exactly.
-        model.set_dtype(getattr(untyped, dtype))
-    except BaseException:
-        untyped.set_default_device(before)
-        raise
-
-    def run(ids_BT: np.ndarray) -> np.ndarray:
-        return np.array(model(untyped.array(ids_BT.astype(np.int32))).astype(untyped.float32))
-
-    def close() -> None:
-        untyped.set_default_device(before)
-        untyped.clear_cache()
-
-    return run, close
-
-
-def _llama_cpp(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
-    llama_cpp: Any = import_module("llama_cpp")
-    path = checkpoint.folder(READS_FOLDERS) / checkpoint.files[0].name
-    threads = usable_cpus()
-    kept = {"float32": 0, "float16": 1, "bfloat16": 30}[dtype]  # ggml_type of the cache of keys and values
-    # n_batch and n_ubatch (512 by default) cover the window, so that it is computed in one batch.
-    model: Any = llama_cpp.Llama(
-        model_path=str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
-        n_threads=threads, n_threads_batch=threads, n_gpu_layers=0 if device == "cpu" else -1,
-        type_k=kept, type_v=kept,
-    )  # fmt: skip
-
-    def run(ids_BT: np.ndarray) -> np.ndarray:
-        found = []
-        for ids in ids_BT:
-            model.reset()
-            model.eval([int(each) for each in ids])
-            found.append(np.array(model.scores[: len(ids)], np.float32))
-        return np.stack(found)
-
-    return run, model.close
-
-
-LOADERS: dict[str, Callable[[Checkpoint, str, str, int], tuple[Runner, Callable[[], None]]]] = {
+LOADERS: dict[str, Callable[[Checkpoint, Running], tuple[Runner, Callable[[], None]]]] = {
     "transformers": _transformers,
     "hqq": _hqq,
-    "mlx-lm": _mlx,
-    "llama.cpp": _llama_cpp,
+    "mlx-lm": mlx_runner,
+    "llama.cpp": llama_cpp_runner,
 }

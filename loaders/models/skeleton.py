@@ -67,8 +67,12 @@ def skeleton_of(
     dtype: str | None = None,
     attention: str | None = None,
     ignore_unexpected: Sequence[str] = (),
+    auto: Any = None,
 ) -> Skeleton:
     """Build a causal language model on the meta device, and find the weights of all its parameters.
+
+    `auto`: another of transformers' Auto classes, for another kind of model; its pooler is left out if the checkpoint
+    has none.
 
     Raises:
         BadSpec: transformers has no such model.
@@ -76,8 +80,7 @@ def skeleton_of(
     """
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
-
+    auto = AutoModelForCausalLM if auto is None else auto
     config = model_config(checkpoint)
     wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
     options = {} if attention is None else {"attn_implementation": attention}
@@ -91,6 +94,8 @@ def skeleton_of(
     if checkpoint.quantized_by in checkpoint.family.single_experts:
         with BUILDING:
             make_experts_single(model, checkpoint.quantized_by, wanted)
+    if getattr(model, "pooler", None) is not None and not any(t.name.startswith("pooler.") for t in sources.tensors):
+        model.pooler = None
     forget(model)
     model.eval()
     keep_in_float32(model, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -53,3 +54,22 @@ def test_what_is_not_there_is_refused(tmp_path: Path, weightmill: Any) -> None:
     ran = weightmill("compare", f"output.root={tmp_path / 'none'}")
     assert ran.status == 2
     assert "tracking.uri: no " in ran.err
+
+
+def test_a_sweep_over_two_models_gives_each_a_table_and_a_front(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    root = tmp_path / "o"
+    ran = weightmill("run", "-m", f"model.path={source},{other}", f"output.root={root}", "tracking=mlflow",
+                     "quant=nf4,mlx_int8", "format=json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    models = {model["source"]: len(model["pareto"]) for model in ran.document["models"]}
+    assert models == {str(source): 2, str(other): 2}
+    folders = [job["output"] for job in ran.document["jobs"]]
+    for given in ((), (f"runs=[{','.join(map(repr, folders))}]",)):
+        found = weightmill("compare", f"output.root={root}", *given)
+        assert found.status == 0, found.err
+        assert "4 runs of 2 models, compared each by itself" in found.out
+        assert f"{other}: 2 jobs" in found.out
+        assert f"{source}: 2 jobs" in found.out
+        assert found.out.count("Pareto front (*) of bits per weight against relative error of the weights") == 2

@@ -19,7 +19,7 @@ from loaders.models import evaluating
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-LOGITS = ("verify=logits", "verify.tokens=96", "verify.window=32")
+LOGITS = ("verify=logits", "verify.tokens=320", "verify.window=32")
 
 
 @pytest.fixture
@@ -68,7 +68,10 @@ def test_a_sweep_evaluates_its_original_once_and_is_compared_by_what_it_found(
     ran = weightmill("run", "-m", *given, *LOGITS, "objective=[quality/kl]")
     assert ran.status == 0, ran.err
     assert len(originals) == 1
-    assert "Pareto front (*) of bits per weight against quality/kl" in ran.out
+    assert (
+        "Pareto front (*) of bits per weight against KL divergence of the logits, nats per token (quality/kl)"
+        in ran.out
+    )
     assert "top-1 %" in ran.out
     for more in (LOGITS, ()):  # nothing is left to do, nor for those who ask for less
         again = weightmill("run", "-m", *given, *more, "format=json")
@@ -94,7 +97,7 @@ def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) 
     assert weightmill("run", f"output.path={out}").status == 0
     ran = weightmill("verify", f"output.path={out}", *LOGITS, "format=json")
     assert ran.status == 0, ran.err
-    assert ran.document["quality"]["tokens"] == 3 * 31
+    assert ran.document["quality"]["tokens"] == 10 * 31
     report = json.loads((out / "weightmill.json").read_text())
     assert report["quality"] == ran.document["quality"]
     assert report["damage"]["quality"]["kl"] == report["quality"]["kl"]
@@ -156,7 +159,7 @@ def test_an_output_that_bitsandbytes_stops_at_on_this_cpu_is_not_begun(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("verify.max_kl=0.1",), "verify.max_kl: it belongs to verify=logits, which was not chosen"),
+        (("verify.max_kl=0.1",), "verify.max_kl: unknown key; it belongs to verify=logits;"),
         (("objective=[quality/kl]",), "objective: quality/kl is measured with verify=logits"),
         (("verify=logits", "verify.min_top1=2"), "verify.min_top1: expected at most 1"),
         (("verify=logits", "verify.window=5000"), "verify.window: expected at most half of verify.tokens=8192"),

@@ -15,19 +15,12 @@ FIRST = {next(iter(forms)) for forms in SOURCES.values()}
 GROUPS = (("gguf_q8_0",), ("mlx_int4", "w8a8", "hqq4"), ("nf4", "ternary"))  # what can be written in one pass
 
 
-def plain_settings(form: str) -> tuple[str, ...]:
-    """Its model's dtype; a GGUF has norms in float32, and all in float32 where it is quantized."""
-    if form == "gguf":
-        return ("quant.dtype=bfloat16", "rules=[{action: keep, role: norm}]")
-    return ("quant.dtype=float32",) if form.startswith("gguf") else ("quant.dtype=bfloat16",)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_source_gives_each_engine_what_its_plain_form_gives(form: str, tmp_path: Path) -> None:
     """The first form of a row goes to all engines, others to one: they make the same of the same weights."""
     row, build = FORMS[form]
     source = build(tmp_path)
-    plain = passes.run(source, tmp_path / "plain", "none", settings=plain_settings(form))["none"].folder
+    plain = passes.run(source, tmp_path / "plain", "none", settings=("quant.dtype=bfloat16",))["none"].folder
     presets = [*TARGETS.values()] if form in FIRST else ["nf4"]
     if row == "GGUF":  # see the next test
         presets = [preset for preset in presets if preset != "gguf_q8_0"]
