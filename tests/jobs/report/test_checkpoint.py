@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.places import ROOT
 from tests.making import Raw, llama_tensors, make_source, write_checkpoint
 
 
@@ -83,3 +84,14 @@ def test_a_model_has_one_count_of_parameters_wherever_it_is_said(tmp_path: Path,
     for quant in ("gguf_q4_0", "nf4"):  # again from its codes, and from what they decode to
         planned = weightmill("plan", f"model.path={gguf}", f"quant={quant}", "format=json").document
         assert planned["source"]["parameters"] == demo
+
+
+@pytest.mark.quick
+def test_all_columns_are_shown_where_they_are_asked_for(weightmill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    demo = ("inspect", ROOT / "jobs" / "demo", "tensors=all")
+    few, every = weightmill(*demo).out, weightmill(*demo, "columns=all").out
+    assert "a wider terminal, or columns=all" in " ".join(few.split())
+    assert "model-00002-of-00003.safetensors" not in few
+    assert "columns=all" not in every
+    assert every.count("layers.2.self_attn.v_proj") > 1
