@@ -91,7 +91,10 @@ def scatter(points: Sequence[Point], front: Sequence[str], x: str, y: str) -> st
         # A name without room is in its point's tooltip, and in the table.
         if place is not None:
             taken.append(place)
-            drawn.append(_text(place[0], (place[1] + place[3]) / 2, _short(point.name), "start", point.name))
+            at, anchor = (place[0], "start") if place[0] > px else (place[2], "end")
+            if place[0] < px < place[2]:
+                at, anchor = px, "middle"
+            drawn.append(_text(at, (place[1] + place[3]) / 2, _short(point.name), anchor, point.name))
     return _svg(WIDTH, frame.height, drawn)
 
 
@@ -120,7 +123,7 @@ def grid(cells: dict[tuple[int, str], float], said: str) -> str:
     for column, layer in list(enumerate(layers))[::step]:
         drawn.append(_text(left + (column + 0.5) * wide, bottom + 12, str(layer), "middle"))
     drawn.append(_text(left + (WIDTH - left) / 2, bottom + 30, "layer", "middle"))
-    drawn.append(_text(left, 12, f"{said}: {low:.2f} (light) to {high:.2f} (dark)"))
+    drawn.append(_text(left, 12, f"{said}: {low:.2f} (faint) to {high:.2f} (strong)"))
     return _svg(WIDTH, bottom + BOTTOM, drawn)
 
 

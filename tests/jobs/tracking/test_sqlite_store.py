@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import time
@@ -130,7 +129,7 @@ def test_a_job_that_is_interrupted_after_publishing_has_one_run(
             patch.setattr(jobs_job, "track_job", interrupted)
             assert weightmill(*given).status == 130
         else:
-            patch.setattr("jobs.output.journal.Journal.remove", lambda self: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr("jobs.output.journal.Journal.remove", lambda self: signal.raise_signal(signal.SIGINT))
             assert weightmill(*given).status == 130
     again = weightmill(*given)
     assert again.status == 0, again.err

@@ -103,6 +103,16 @@ def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) 
     assert report["damage"]["quality"]["kl"] == report["quality"]["kl"]
     assert f"KL(original || output): {report['quality']['kl']:.5f} nats a token" in (out / "README.md").read_text()
     assert (out / "README.md").read_text().endswith((DEMO / "README.md").read_text())
+    page = (out / "report.html").read_text()
+    assert f"{report['quality']['kl']:.5f}" in page
+    assert weightmill("verify", f"output.path={out}").status == 0
+    # Where judging was killed between the page and the report, judging again mends both.
+    (out / "report.html").write_text("another")
+    assert weightmill("verify", f"output.path={out}").status == 1
+    assert weightmill("verify", f"output.path={out}", *LOGITS).status == 0
+    assert (out / "report.html").read_text().count(f"{report['quality']['kl']:.5f}") == page.count(
+        f"{report['quality']['kl']:.5f}"
+    )
     beyond = weightmill("verify", f"output.path={out}", *LOGITS, "verify.max_kl=1e-6")
     assert beyond.status == 1
     assert "above verify.max_kl=1e-06" in beyond.out
