@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = _verb(words.pop(0)) if words[0] in VERBS else None
     if verb is not None and words in ([], [ALL]):
         print((whole_text if words else help_text)(verb, folders))
+        if verb.name in choices_of("run"):  # verify is a verb, and a group of run's
+            print(f"\n{group_text(_verb('run'), verb.name, folders)}")
         return 0
     status = 0
     for index, word in enumerate(words):

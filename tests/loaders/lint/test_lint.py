@@ -128,7 +128,7 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
         ("mlx_int4", lambda c: c.pop("tie_word_embeddings"), "does not say tie_word_embeddings"),
         (
             "mlx_int4",
-            lambda c: c.update(rope_parameters={"rope_theta": c.pop("rope_theta", 1e4) * 2}),
+            lambda c: c.update(rope_parameters={"rope_theta": 2 * c.pop("rope_theta", 1e4)}),
             "rope_theta stands",
         ),
         (
