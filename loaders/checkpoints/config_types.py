@@ -100,7 +100,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         ),
         *_rows(
             _is_text,
-            "a line of text",
+            "a text",
             """model_type quant_method quant_algo checkpoint_format packing_format kv_cache_quant_algo
             quantization_method topk_method scoring_func hidden_act mode""",
         ),
@@ -110,7 +110,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         *_rows(lambda value: value in ("bitlinear", "autobitlinear"), "bitlinear or autobitlinear", "linear_class"),
         *_rows(
             _list(_is_text),
-            "a list of lines of text",
+            "a list of texts",
             "architectures layer_types mlp_layer_types ignore modules_to_not_convert llm_int8_skip_modules targets"
             " exclude_modules indexer_types",
         ),
@@ -122,7 +122,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         *_rows(
             _is_block,
             "an object",
-            "text_config vision_config audio_config quantization_config quantization id2label config_groups"
+            "text_config vision_config audio_config quantization_config quantization id2label config_groups sparsity_config"
             " quantized_layers extra_config",
         ),
         *_rows(_any(_is_block, _is_text), "an object", "weights input_activations output_activations"),

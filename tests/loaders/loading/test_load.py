@@ -196,6 +196,18 @@ def test_the_cache_gives_the_same_by_content_and_scheme(source: Path, own_cache:
     assert not load_weights(source, "nf4", use_cache=True)[1].from_cache
 
 
+@pytest.mark.parametrize("place", [9, 0.3, 0.6, 0.9, -1])
+def test_a_bit_that_an_entry_loses_makes_it_absent(source: Path, own_cache: Path, place: float) -> None:
+    load_weights(source, "nf4", use_cache=True)
+    [data] = own_cache.glob("*.safetensors")
+    raw = bytearray(data.read_bytes())
+    raw[place if isinstance(place, int) else int(len(raw) * place)] ^= 4
+    data.write_bytes(raw)
+    assert not load_weights(source, "nf4", use_cache=True)[1].from_cache
+    assert data.read_bytes() != raw
+    assert load_weights(source, "nf4", use_cache=True)[1].from_cache
+
+
 def test_a_damaged_entry_is_made_again(source: Path, own_cache: Path) -> None:
     load_weights(source, "nf4", use_cache=True)
     [entry] = own_cache.glob("*.safetensors")
