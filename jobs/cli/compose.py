@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,17 +23,11 @@ from jobs.cli.instead import instead
 from jobs.cli.literals import quoted, verbatim
 from jobs.cli.meant import Keys, bare_problem, choice_problem, option_problem
 from jobs.cli.rules_file import rules_of
-from jobs.cli.sweep_folders import SweepFolders
 from jobs.cli.validation import check, fields_of, path_keys
-from loaders.errors import BadSpec, io_errors
+from loaders.errors import BadSpec
 from loaders.places import CONF
 from loaders.presets.catalog import preset_values
-from loaders.presets.naming import joined
-from loaders.storage.address import without_secrets
 
-# What the default name of an output says in any case.
-IN_NAMES = ("model", "model.path", "model.name", "quant", "transform", "transform.num_blocks", "mtp", "rules",
-            "source", "output", "output.layout", "output.split")  # fmt: skip
 FOLDER = "--config-dir="  # the name of the flag in Hydra
 FLAGS = ("-m", "--multirun", "-h", "--help")
 # Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
@@ -187,7 +180,7 @@ def _grammar(override: str, prepared: str) -> str | None:
     try:
         OverridesParser.create().parse_override(prepared)
     except HydraException as error:
-        return f"{override}: cannot be read: {_said_by_hydra(error)}; quote values with special characters"
+        return f"{override}: cannot be read: {said_by_hydra(error)}; quote values with special characters"
     return None
 
 
@@ -243,7 +236,7 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
 
     # Hydra refuses a second initialization in one process, as in tests and `bench`.
     GlobalHydra.instance().clear()
-    _register_launcher()
+    register_launcher()
     problems = list(request.problems)
     try:
         values = [word for word in request.overrides if _is_value_of_a_group(verb, word)]
@@ -258,7 +251,7 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
             output.setdefault("named", typed)
         return check(spec, values, problems, _note)
     except (HydraException, OmegaConfBaseException) as error:
-        raise BadSpec([*problems, _said_by_hydra(error)]) from error
+        raise BadSpec([*problems, said_by_hydra(error)]) from error
 
 
 def _note(text: str) -> None:
@@ -311,101 +304,14 @@ def plain(config: Any) -> Any:
     return values
 
 
-def _said_by_hydra(error: Exception) -> str:
+def said_by_hydra(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     inner = ("See https", "^", "full_key", "object_type", "Config search path", "provider=")
     return " ".join(line for line in lines if not line.startswith(inner))
 
 
-# --- sweeps
-
-
-@dataclass(frozen=True)
-class Composed:
-    """A job of a sweep: all its values, and the varied ones as they would be typed."""
-
-    number: int
-    values: dict[str, Any]
-    varied: dict[str, str]
-
-    @property
-    def named(self) -> list[str]:
-        """The varied settings of quant, which are in the output's name even where they are as in the preset."""
-        return [key for key in self.varied if key.startswith("quant.")]
-
-    @property
-    def suffix(self) -> str:
-        """The other varied values for the output's name, such as "-max_relative_error-0.5".
-
-        What the name has without that is left out.
-        """
-        others = [key for key in self.varied if key not in IN_NAMES and key not in self.named]
-        return joined(f"{key.split('.')[-1]}-{without_secrets(self.varied[key])}" for key in others)
-
-    @property
-    def name(self) -> str:
-        """The job's varied values, or its number if nothing varies."""
-        return without_secrets(" ".join(f"{k}={v}" for k, v in self.varied.items())) or f"job {self.number}"
-
-
-Together = Callable[[Sequence[Composed], bool], Sequence[Any]]
-
-
-def sweep(verb: str, request: Request, together: Together) -> None:
-    """Compose the jobs of a multirun and pass each batch of Hydra's sweeper to `together(jobs, searches)`.
-
-    `together` returns a result or an exception for each job. `searches` is set for a sweeper that chooses jobs by the
-    results of earlier ones: it learns of a job's failure and goes on.
-
-    Raises:
-        BadSpec: Hydra cannot compose the jobs.
-    """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if request.problems:
-        raise BadSpec(request.problems)
-    folders = SweepFolders()
-
-    def begins(config: Any) -> None:
-        HydraConfig.instance().set_config(config)
-        with io_errors("making", folder := Path(HydraConfig.get().sweep.dir).absolute()):
-            folders.begin(folder)
-
-    def all_of(configs: Sequence[Any]) -> Sequence[Any]:
-        jobs, searches = [], False
-        for config in configs:
-            HydraConfig.instance().set_config(config)
-            about = HydraConfig.get()
-            searches = not about.sweeper.get("_target_", "").endswith("BasicSweeper")
-            keys, fixed = varied(request, about), request.fixed
-            parsed = (override.lstrip("+").partition("=") for override in about.overrides.task)
-            mine = {key: value for key, _, value in parsed if key in keys or (searches and key not in fixed)}
-            jobs.append(Composed(int(about.job.num) + 1, plain(config), mine))
-        return together(jobs, searches)
-
-    def job(config: Any) -> Any:
-        [result] = all_of([config])
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    job.begins = begins  # type: ignore[attr-defined]
-    job.together = all_of  # type: ignore[attr-defined]
-    _register_launcher()
-    with _command_line([*request.flags, *request.overrides]):
-        try:
-            hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")(job)()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise BadSpec(_said_by_hydra(error)) from error
-        finally:
-            folders.end()
-
-
 @cache
-def _register_launcher() -> None:
+def register_launcher() -> None:
     """Register the launcher here: Hydra 1.3's own search for plugins misses those of an editable installation."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
@@ -415,25 +321,3 @@ def _register_launcher() -> None:
     Plugins.instance().register(OnePass)
     node = {"_target_": f"{OnePass.__module__}.{OnePass.__name__}"}
     ConfigStore.instance().store(group="hydra/launcher", name="weightmill", node=node, provider="weightmill")
-
-
-@contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Set what hydra.main reads: sys.argv, and a variable without which it prints errors and exits by itself."""
-    import sys
-
-    before, had = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [before[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = before
-        if had is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-
-
-def varied(request: Request, hydra_config: Any) -> set[str]:
-    """Return the keys to which a sweep gives more than one value, on the command line or in an experiment."""
-    params = hydra_config.sweeper.get("params") or {}
-    return request.swept | {key.lstrip("+") for key, value in params.items() if "," in str(value) or "(" in str(value)}

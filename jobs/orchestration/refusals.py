@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.cli.compose import Composed, Request
+from jobs.cli.compose import Request
+from jobs.cli.multirun import Composed
 from loaders.errors import BadSpec
 
 Combination = Mapping[str, str]

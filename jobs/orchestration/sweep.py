@@ -20,7 +20,8 @@ from urllib.parse import quote
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from jobs.cli.compose import Composed, Request, sweep
+from jobs.cli.compose import Request
+from jobs.cli.multirun import Composed, sweep
 from jobs.cli.validation import check
 from jobs.cli.verb import DONE, FAILED, WRONG, Said, note
 from jobs.orchestration import already

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from jobs.output.damage import Damage, Part
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.dtypes import dtype_named
@@ -24,12 +25,6 @@ from loaders.storage.address import Address
 from loaders.storage.base import OUR_PAGE, OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import digest
 from loaders.storage.json_files import read_json
-
-
-class Part(BaseModel):
-    """The base of all parts of a report: immutable and strict, without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class NamedFile(Part):
@@ -225,72 +220,6 @@ class RunReport(Part):
     xxh3: str = ""  # of the whole file, where these digits are zeros; older reports have none
 
 
-class WorstTensor(Part):
-    """One of the tensors that lost most. Infinities are None."""
-
-    name: str
-    role: str
-    relative_error: float | None
-    sqnr_db: float | None
-    max_error: float
-
-
-class RoleDamage(Part):
-    """What the changed tensors of one role (attention, mlp, expert, ...) lost. `worst` is None if they lost nothing."""
-
-    tensors: int
-    parameters: int
-    bits_per_weight: float
-    relative_error: float | None
-    sqnr_db: float | None
-    worst: WorstTensor | None
-
-
-class Judged(Part):
-    """What verify=logits found, without what depends on the machine: the fields of the same names in `quality`."""
-
-    engine: str
-    text: str
-    tokens: int
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    perplexity: float
-    perplexity_original: float
-    perplexity_ratio: float
-    top1: float
-
-
-class JudgedStates(Part):
-    """What verify=embeddings found, without what depends on the machine: the fields of the same names in `quality`."""
-
-    engine: str
-    text: str
-    tokens: int
-    cosine: float
-    cosine_low: float | None
-    cosine_high: float | None
-    cosine_p1: float
-    pooled_cosine: float
-    hidden_error: float
-
-
-class Damage(Part):
-    """What quantization cost, on one page: the numbers of the model card.
-
-    Sizes and errors are over all tensors, those by role over the tensors that were quantized or cast. `engine` is who
-    loads the output; `quality` is None if the output was not judged in its engine.
-    """
-
-    engine: str
-    bits_per_weight: float
-    relative_error: float | None
-    sqnr_db: float | None
-    roles: dict[str, RoleDamage]
-    worst: tuple[WorstTensor, ...]
-    quality: Judged | JudgedStates | None
-
-
 class Report(Part):
     """weightmill.json. What does not depend on the machine is the same wherever a job runs.
 
@@ -307,7 +236,7 @@ class Report(Part):
     totals: Totals
     files: tuple[WeightFile, ...]
     aux: dict[str, str]
-    aux_bytes: dict[str, int] = {}  # but of the card, which may be edited
+    aux_bytes: dict[str, int] = Field(default_factory=dict)  # but of the card, which may be edited
     tied: tuple[TiedPair, ...]
     warnings: tuple[str, ...]
     lint: tuple[LintFinding, ...]

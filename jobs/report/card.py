@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs.output.card_block import BEGIN, END, around_block, with_block
-from jobs.output.report import Damage, Judged, JudgedStates, Report
+from jobs.output.damage import Damage, Judged, JudgedStates
+from jobs.output.report import Report
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.warnings import HERE
 from jobs.report.card_metadata import front_matter, origin_of

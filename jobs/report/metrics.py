@@ -8,17 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from jobs.output.report import (
-    Damage,
-    Judged,
-    JudgedStates,
-    Report,
-    ReportedTensor,
-    RoleDamage,
-    Totals,
-    WorstTensor,
-    stats_of,
-)
+from jobs.output.damage import Damage, Judged, JudgedStates, RoleDamage, WorstTensor
+from jobs.output.report import Report, ReportedTensor, Totals, stats_of
 from loaders.stats import ErrorSums, finite
 
 # A layer's number in the names of transformers, GPT-2 ("h") and llama.cpp ("blk").

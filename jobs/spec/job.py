@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.spec.base import Columns, FloatName, Format, Location, Source, Spec
+from jobs.spec.base import SIZE, Columns, FloatName, Format, Location, Source, Spec, bytes_of
 from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
@@ -41,16 +41,6 @@ OBJECTIVES = (
     "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
     "load/gigabytes_per_second", "load/peak_anonymous_bytes", *(name for kind in JUDGED.values() for name in kind),
 )  # fmt: skip
-
-
-SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?([KMGT])(i?)B", re.IGNORECASE)
-
-
-def bytes_of(size: str) -> int:
-    """Return the bytes of a size that SIZE matches: 5GB is 5e9, 5GiB is 5 * 2**30."""
-    match = SIZE.fullmatch(size)
-    assert match is not None
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
 
 
 class ModelSpec(Spec):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import jobs.execution.unit
-from jobs.cli.compose import Composed, Request
+from jobs.cli.compose import Request
+from jobs.cli.multirun import Composed
 from jobs.cli.sweep_folders import SweepFolders
 from jobs.orchestration.refusals import command, grids
 from jobs.output.journal import Journal
@@ -252,7 +253,8 @@ def test_a_command_takes_the_place_of_what_an_experiment_sweeps() -> None:
 
 @pytest.mark.parametrize("name", ["four_bit_shootout", "mlx_ladder", "gguf_ladder", "loader_shootout"])
 def test_an_experiment_describes_jobs(name: str) -> None:
-    from jobs.cli.compose import sweep, take_apart
+    from jobs.cli.compose import take_apart
+    from jobs.cli.multirun import sweep
     from jobs.cli.validation import check
     from jobs.spec.job import JobSpec
 
