@@ -122,8 +122,8 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         *_rows(
             _is_block,
             "an object",
-            "text_config vision_config audio_config quantization_config quantization id2label config_groups sparsity_config"
-            " quantized_layers extra_config",
+            "text_config vision_config audio_config quantization_config quantization id2label config_groups"
+            " sparsity_config quantized_layers extra_config",
         ),
         *_rows(_any(_is_block, _is_text), "an object", "weights input_activations output_activations"),
     )

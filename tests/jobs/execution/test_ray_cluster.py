@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from jobs.execution import ray_cluster
 from loaders.errors import BadSpec
+from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
@@ -158,6 +160,41 @@ def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None
     assert process.returncode == 0, (out, err)
     found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
     assert found[0] == found[1]
+
+
+# In the place of Python's own: a worker of Ray cuts the first shard as soon as it has mapped it.
+CUTS = """
+import mmap, os, sys
+if any("default_worker" in word for word in sys.orig_argv):
+    class Cut(mmap.mmap):
+        def __new__(cls, descriptor, *given, **named):
+            made = super().__new__(cls, descriptor, *given, **named)
+            path = os.readlink(f"/proc/self/fd/{descriptor}") if descriptor >= 0 else ""
+            if path.endswith("00001-of-00002.safetensors"):
+                os.truncate(path, 4096)
+            return made
+    mmap.mmap = Cut
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_is_cut_while_a_worker_maps_it_is_named(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(CUTS)
+    process = start(
+        "-m", "jobs.run", *arguments(source, tmp_path / "out"), "cluster=ray", "strategy=lazy", "cluster.threads=1",
+        environment={MARK: "cut", "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"},
+    )  # fmt: skip
+    _, err = process.communicate(timeout=600)
+    assert (source / "model-00001-of-00002.safetensors").stat().st_size == 4096
+    assert process.returncode == 1, err
+    assert "weightmill: failed: " in err
+    # The worker ended by name; another took up its unit, and saw what had become of the file.
+    assert re.search("model-00001-of-00002.safetensors: .*it (changed|was cut short) while it was read", err)
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert wait_until_gone("cut") == []
 
 
 @pytest.mark.slow
