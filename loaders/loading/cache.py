@@ -112,8 +112,10 @@ class WeightCache:
         raw = json.dumps(header).encode()
         raw += b" " * (-(8 + len(raw)) % ALIGN)
         head, hasher = len(raw).to_bytes(8, "little") + raw, xxhash.xxh3_128()
+        pieces: list[bytes | memoryview] = [head]
+        pieces += [np.ascontiguousarray(parts[n]).reshape(-1).view(np.uint8).data for n in order]
         with atomic_writer(data) as file:
-            for piece in (head, *(np.ascontiguousarray(parts[n]).reshape(-1).view(np.uint8).data for n in order)):
+            for piece in pieces:
                 file.write(piece)
                 hasher.update(piece)
         # The description comes last: an entry without one, left by a crash, counts as missing.
