@@ -40,7 +40,6 @@ def act(spec: LintSpec) -> Said:
         "status": "failed" if faults else "done",
         "output": spec.output.path,
         "faults": faults,
-        "doubts": len(found) - faults,
         "findings": [asdict(finding) for finding in found],
         "warnings": list(warnings),
     }

@@ -13,7 +13,7 @@ from loaders.checkpoints.checkpoint import NO_HEADERS, Checkpoint, Headers, open
 from loaders.containers import CONTAINERS
 from loaders.errors import BadCheckpoint, setting
 from loaders.lint import compressed_tensors, diffusers, files, gguf, hqq, mlx, packed, transformers
-from loaders.lint.base import Finding, Subject, doubt, fault
+from loaders.lint.base import Finding, Subject, fault, warning
 from loaders.storage.address import Address
 from loaders.storage.base import Store
 from loaders.storage.json_files import read_json
@@ -74,7 +74,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
         found += check(subject)
     elif method is not None and method != "gguf":
         found.append(
-            doubt(
+            warning(
                 "its engine",
                 f"it is quantized by {method}, and what that method's engines want is not checked here",
                 "may load it or not",

@@ -23,7 +23,7 @@ class Finding:
     `loads_in` names another engine, or another version, that has no such problem.
     """
 
-    level: Literal["fault", "doubt"]
+    level: Literal["fault", "warning"]
     engine: str
     what: str
     happens: str
@@ -49,9 +49,9 @@ def fault(engine: str, what: str, happens: str, remedy: str, loads_in: str = "")
     return Finding(level="fault", engine=engine, what=what, happens=happens, remedy=remedy, loads_in=loads_in)
 
 
-def doubt(engine: str, what: str, happens: str, remedy: str) -> Finding:
+def warning(engine: str, what: str, happens: str, remedy: str) -> Finding:
     """Return a finding that the engine may fail, or may compute something else."""
-    return Finding(level="doubt", engine=engine, what=what, happens=happens, remedy=remedy)
+    return Finding(level="warning", engine=engine, what=what, happens=happens, remedy=remedy)
 
 
 @dataclass(frozen=True)

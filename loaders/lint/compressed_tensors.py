@@ -11,7 +11,7 @@ from loaders.checkpoints.name_patterns import fault_of
 from loaders.dtypes import DTYPES
 from loaders.errors import setting
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, is_asymmetric, name_of
-from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.lint.base import Finding, Subject, fault, module, some, warning
 from loaders.patterns import compiled
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -50,7 +50,7 @@ def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
     found = groups.values() if isinstance(groups, Mapping) else ()
     targets = {target for group in found if isinstance(group, Mapping) for target in group.get("targets") or ()}
     if "Linear" in targets and len(targets) > 1:
-        yield doubt(
+        yield warning(
             "vLLM",
             'a group has the target "Linear", beside others with targets of their own',
             'takes every fused layer (qkv, gate_up) for "Linear", whatever the others say',
@@ -113,7 +113,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
         if any(isinstance(r.decode, Fp8Block) and r.shape[0] % BLOCK for r in group)
     ]
     if ragged:
-        yield doubt(
+        yield warning(
             "vLLM",
             f"{counted(len(ragged), 'fused group has', 'fused groups have')} rows that are no multiple of {BLOCK}:"
             f" {some(ragged)}",
@@ -122,7 +122,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
         )
     apart = [name for name, group in groups.items() if len({_global_scale(subject, r) for r in group}) > 1]
     if apart:
-        yield doubt(
+        yield warning(
             "vLLM",
             f"{counted(len(apart), 'fused group has', 'fused groups have')} parts of different global scales:"
             f" {some(apart)}",
@@ -167,7 +167,7 @@ def of_schemes(found: Sequence[tuple[Any, str, str]]) -> Iterator[Finding]:
             loads_in="vLLM",
         )
     if any(is_asymmetric(scheme) and role != "expert" for scheme, _, role in found):
-        yield doubt(
+        yield warning(
             "transformers 5",
             "layers have zero points (W4A16_ASYM)",
             "stops at them (size mismatch; 5.23 with compressed-tensors 0.20)",
@@ -176,7 +176,7 @@ def of_schemes(found: Sequence[tuple[Any, str, str]]) -> Iterator[Finding]:
     fours = [dtype for scheme, dtype, _ in found if isinstance(scheme, CompressedNvfp4 | CompressedMxfp4)]
     others = sorted({DTYPES[dtype].torch for dtype in fours if dtype != "BF16"})
     if others:
-        yield doubt(
+        yield warning(
             "transformers",
             f"FP4 in a {others[0]} model",
             f"decompresses to bfloat16, which does not multiply with {others[0]}",

@@ -10,7 +10,7 @@ from loaders.architectures.family import text_config
 from loaders.architectures.layers import layers_of
 from loaders.containers.pytorch import read_state
 from loaders.errors import setting
-from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.lint.base import Finding, Subject, fault, some, warning
 from loaders.words import counted
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -65,7 +65,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
         return
     if (part := class_of(config)) is not None:
         if not DiffusersClass(part).is_known:
-            yield doubt(
+            yield warning(
                 "diffusers",
                 f"_class_name {part!r:.80} is not known here; it is a part of a pipeline of diffusers or of other code",
                 "may know it or not: names were not checked against it",
@@ -74,7 +74,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
     elif not config.get("model_type"):
         yield fault(ANY, "config.json has no model_type", "does not know what model this is", f"take it {PUBLISHED}")
     elif subject.checkpoint.family.is_generic and not config.get("auto_map"):
-        yield doubt(
+        yield warning(
             ANY,
             f"model_type {config['model_type']!r} is not known here",
             "may know it or not: names and shapes were not checked against it",
@@ -89,7 +89,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
         missing = [name for name in files if source.find(name) is None]
         if missing:
             # Models that are known here are loaded by the engines' own classes, unless that code is asked for.
-            level = fault if subject.checkpoint.family.is_generic else doubt
+            level = fault if subject.checkpoint.family.is_generic else warning
             yield level(
                 "transformers, vLLM",
                 f"config.json's auto_map names code that is not there: {some(missing)}",
@@ -97,7 +97,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
                 f"add the files, {PUBLISHED}",
             )
     if not any(source.find(name) is not None for name in TOKENIZERS) and text_config(config, "vocab_size"):
-        yield doubt(
+        yield warning(
             ANY,
             NO_TOKENIZER,
             "loads the weights but cannot read text",
@@ -161,7 +161,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     real = sum(spec.size for spec in subject.checkpoint.weights)
     if total is not None and total != real:
-        yield doubt(
+        yield warning(
             "tools that plan memory by it",
             f"the index says total_size {total}, not the {real} bytes of its tensors",
             "take too much or too little",
@@ -183,7 +183,7 @@ def _head(subject: Subject) -> Iterator[Finding]:
                 "quantize neither, or set tie_word_embeddings to false",
             )
         elif tied in names and kept in names:
-            yield doubt(
+            yield warning(
                 "vLLM, mlx-lm",
                 f"{tied} differs from {kept}, while config.json ties them",
                 "use the embedding for both, transformers uses both",

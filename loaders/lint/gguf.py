@@ -15,7 +15,7 @@ from loaders.architectures import gguf_names
 from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.lint.base import Finding, Subject, fault, some, warning
 from loaders.lint.engines.gguf import unknown
 from loaders.specs import WeightSpec
 from loaders.words import counted
@@ -57,7 +57,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield from _beyond(name, metadata, specs)
         yield from _strangers(name, unknown([*specs], known))
     else:
-        yield doubt(
+        yield warning(
             ENGINE, f"architecture {name} is not known here", "may want tensors that are not there", "load it once"
         )
     yield from _stacks(name, metadata, specs)
@@ -73,7 +73,7 @@ def _sizes(
         yield fault(ENGINE, f"the metadata lacks {some(missing)}", "fails: key not found in model", AGAIN)
     for key, taken in DEFAULTED.items():
         if f"{name}.{key}" not in metadata:
-            yield doubt(ENGINE, f"the metadata does not say {name}.{key}", f"silently takes {taken}", AGAIN)
+            yield warning(ENGINE, f"the metadata does not say {name}.{key}", f"silently takes {taken}", AGAIN)
 
 
 def _tokenizer(metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _tokenizer(metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> 
     ids = {key: value for key, value in metadata.items() if re.match(r"tokenizer\.ggml\.\w+_token_id$", key)}
     beyond = [f"{key} {value}" for key, value in ids.items() if not 0 <= value < len(tokens)]
     if beyond:
-        yield doubt(ENGINE, f"ids of no token: {some(beyond)}", "ignores them, and uses its defaults", AGAIN)
+        yield warning(ENGINE, f"ids of no token: {some(beyond)}", "ignores them, and uses its defaults", AGAIN)
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
         from loaders.layouts.gguf.tokenizers.pre_tokenizers import known_names  # tables that only this finding needs
 
         known = ", ".join(known_names())
-        yield doubt(
+        yield warning(
             ENGINE, f"tokenizer.ggml.pre is {pre or 'missing'}", "cuts text as the model was not trained to see it",
             f"set it to the tokenizer's own ({known}, ...), or {AGAIN}",
         )  # fmt: skip
@@ -199,7 +199,7 @@ def _beyond(name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSp
 
 def _strangers(name: str, tensors: list[str]) -> Iterator[Finding]:
     if tensors:
-        yield doubt(
+        yield warning(
             ENGINE, f"{counted(len(tensors), 'tensor')} that {name} does not have: {some(tensors)}",
             "may fail: wrong number of tensors", "drop them by a rule",
         )  # fmt: skip

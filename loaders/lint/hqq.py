@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from loaders.errors import setting
 from loaders.layouts.hqq import HqqLayout
-from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.lint.base import Finding, Subject, fault, module, some, warning
 from loaders.words import counted
 
 
@@ -22,7 +22,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             f"make it again with {setting('layout')}=hqq: all weights in {HqqLayout.file}",
         )
     if not is_own:
-        yield doubt(
+        yield warning(
             "transformers 5",
             "HQQ in the form of transformers 4",
             "does not load HQQ: it warns of missing weights and computes with random ones",
@@ -31,7 +31,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         )
     experts = [module(tensor) for tensor in subject.sources.tensors if tensor.role == "expert"]
     if experts:
-        yield doubt(
+        yield warning(
             "hqq, transformers 5",
             f"{counted(len(experts), 'expert lies', 'experts lie')} one by one: {some(experts)}",
             "fuses experts, and does not find these; with transformers 4 it does",

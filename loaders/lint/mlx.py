@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.lint.base import Finding, Subject, fault, some, warning
 from loaders.words import counted
 
 ENGINE = "mlx-lm"
@@ -51,7 +51,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         modules = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
         stale = [key for key, value in block.items() if isinstance(value, Mapping) and key not in modules]
         if stale:
-            yield doubt(
+            yield warning(
                 ENGINE,
                 f"quantization names {counted(len(stale), 'module that is', 'modules that are')} stored plain:"
                 f" {some(stale)}",
@@ -70,7 +70,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[Finding]:
             "write the same block under quantization, too",
         )
     if "tie_word_embeddings" not in config:
-        yield doubt(
+        yield warning(
             ENGINE,
             "config.json does not say tie_word_embeddings",
             "takes it for true in some models, where transformers takes it for false",

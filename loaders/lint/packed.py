@@ -11,7 +11,7 @@ from loaders.architectures.mlx_config import settings_of
 from loaders.containers.packed import EXPERTS
 from loaders.errors import setting
 from loaders.layouts.packed import READ
-from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.lint.base import Finding, Subject, fault, some, warning
 from loaders.words import counted
 
 ENGINE = "moeflux"
@@ -31,7 +31,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         )
     block = settings_of(subject.config)
     if block is None:
-        yield doubt(
+        yield warning(
             ENGINE,
             "nothing is quantized",
             "computes its matrices from MLX's words alone",
@@ -41,7 +41,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         own = [block, *(each for each in block.values() if isinstance(each, dict))]
         others = sorted({each["bits"] for each in own} - set(BITS))
         if others:
-            yield doubt(
+            yield warning(
                 ENGINE,
                 f"some weights have {', '.join(map(str, others))} bits",
                 "is known to read 4 and 8",
@@ -49,7 +49,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             )
     inside = [r.name for r in subject.sources.tensors if r.role == "expert" and not _is_apart(r.stored[0][1].file)]
     if inside:
-        yield doubt(
+        yield warning(
             ENGINE,
             f"{counted(len(inside), 'tensor of experts is', 'tensors of experts are')} not in {EXPERTS}/:"
             f" {some(inside)}",

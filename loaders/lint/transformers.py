@@ -8,7 +8,7 @@ from typing import Any
 from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.name_patterns import fault_of
 from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
-from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.lint.base import Finding, Subject, fault, module, some, warning
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.words import counted
@@ -104,7 +104,7 @@ def bitsandbytes(subject: Subject) -> Iterator[Finding]:
     ]
     if stopping:
         is_here = ", so on this machine," if has_avx512_bf16() else ""
-        yield doubt(
+        yield warning(
             "bitsandbytes on a CPU with AVX512-BF16",
             f"{counted(len(stopping), 'layer')} with a number of rows that is no multiple of {CPU_ROWS}, or of columns"
             f" that is none of the group size ({stopping[0][1]}): {some([name for name, _ in stopping])}",
@@ -114,7 +114,7 @@ def bitsandbytes(subject: Subject) -> Iterator[Finding]:
     plain = {r.group for r in subject.sources.tensors if r.group and r.decode is None}
     for group in sorted({r.group for r, _ in four_bit if r.group}):
         if group in plain:
-            yield doubt(
+            yield warning(
                 "vLLM, which fuses them",
                 f"{group}: some of its layers are quantized and some are not",
                 "fails; transformers loads them apart",

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from loaders.architectures.diffusers import class_of, is_skipped
-from loaders.lint.base import Finding, doubt
+from loaders.lint.base import Finding, warning
 from loaders.lint.engines import transformers
 from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, Unanswerable, patterns
 
@@ -112,7 +112,7 @@ def _findings(at_fault: Mapping[str, Sequence[str]], share: float) -> Iterator[F
         if names := at_fault.get(kind):
             yield level(f"diffusers ({ENGINE})", f"{what}: {patterns(names)}", happens, remedy)
     if share < FEW:
-        yield doubt(
+        yield warning(
             f"diffusers ({ENGINE})",
             f"{share:.0%} of the weights that it quantizes are quantized",
             "the output is larger than it could be",

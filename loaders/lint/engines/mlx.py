@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from loaders.lint.base import Finding, doubt, fault
+from loaders.lint.base import Finding, fault, warning
 from loaders.lint.engines.base import FEW, Answer, Question, Unanswerable, patterns
 
 ENGINE = "mlx-lm"
@@ -109,7 +109,7 @@ def _findings(
 
 
 def _few(share: float) -> Finding:
-    return doubt(
+    return warning(
         "the recipe of mlx_lm.convert",
         f"{share:.0%} of the weights that it quantizes are quantized",
         "the output is larger than it could be",

@@ -19,7 +19,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from loaders.lint.base import Finding, doubt, fault
+from loaders.lint.base import Finding, fault, warning
 from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, Unanswerable, patterns
 from loaders.patterns import compiled
 from loaders.words import model_type_said
@@ -319,7 +319,7 @@ class _Judging:
                 yield level(f"transformers ({self.engine})", f"{what}: {patterns(names)}", happens, remedy)
         share = self.recipe[1] / self.recipe[0] if self.recipe[0] else 1.0
         if share < FEW:
-            yield doubt(
+            yield warning(
                 f"the recipe of {self.engine}",
                 f"{share:.0%} of the weights that it quantizes are quantized",
                 "the output is larger than it could be",
@@ -350,7 +350,7 @@ FINDINGS = {
         "fuses or splits codes as if they were weights, and fails", "keep them by a rule",
     ),
     "converted with scales": (
-        doubt, "quantized, where the class fuses or splits what is stored",
+        warning, "quantized, where the class fuses or splits what is stored",
         "fuses or splits codes and scales, which is right for whole rows only", "load it once",
     ),
     "plain": (
@@ -369,12 +369,12 @@ FINDINGS = {
         fault, "of another shape than in the class", "fails, or computes with random numbers", "check the source",
     ),
     "no expert": (
-        doubt, "experts of which transformers' class has no parameter",
+        warning, "experts of which transformers' class has no parameter",
         "leaves them out; vLLM may read them", "load it once",
     ),
     "missing": (
-        doubt, "parameters of the class that no tensor becomes",
+        warning, "parameters of the class that no tensor becomes",
         "fills them with random numbers", "check that the source is whole",
     ),
-    "unknown": (doubt, "tensors that are no parameter of the class", "leaves them out", "drop them by a rule"),
+    "unknown": (warning, "tensors that are no parameter of the class", "leaves them out", "drop them by a rule"),
 }  # fmt: skip

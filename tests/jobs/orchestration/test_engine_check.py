@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from jobs.orchestration import engine_check
-from loaders.lint.base import doubt, fault
+from loaders.lint.base import fault, warning
 from loaders.lint.engines import Answer, Question
 from tests.making import LLAMA, llama_tensors, make_source, write_checkpoint
 
 FAULT = fault("its class", "two names are wrong", "fails", "report this")
-DOUBT = doubt("its class", "a name is strange", "leaves it out", "load it once")
+WARNING = warning("its class", "a name is strange", "leaves it out", "load it once")
 
 
 class Said:
@@ -51,7 +51,7 @@ def unknown(tmp_path: Path) -> Path:
 def test_a_fault_stops_the_job_before_anything_is_written(
     unknown: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = asking(monkeypatch, findings=(FAULT, DOUBT))
+    said = asking(monkeypatch, findings=(FAULT, WARNING))
     out = tmp_path / "outputs" / "out"
     ran = weightmill("run", f"model.path={unknown}", f"output.path={out}", "tracking=none")
     assert ran.status == 2
