@@ -9,7 +9,7 @@ from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units, shards
 from jobs.planning.engine_rules import engine_rules, formed_sources
-from jobs.planning.kept_dtype import cast_kept, declared_in, kept_dtype
+from jobs.planning.kept_dtype import kept_dtype
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, for_source, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -24,6 +24,7 @@ from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
+from loaders.rules.kept import cast_kept, declared_in
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
@@ -104,7 +105,9 @@ def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decod
     dtype = kept_dtype(target, checkpoint, is_decoded=is_decoded)
     checkpoint = declared_in(checkpoint, dtype)
     sources = formed_sources(target, checkpoint, sources)
-    decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
+    decisions = decide(
+        sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources), kept_dtype=dtype
+    )
     decisions = cast_kept(decisions, dtype)
     return Draft(target, checkpoint, decisions, target.layout.place(checkpoint, decisions))
 

@@ -23,6 +23,7 @@ from loaders.presets.settings import Quant
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
 from loaders.rules.defaults import default_rules
+from loaders.rules.kept import cast_kept, declared_in, usual_dtype
 from loaders.specs import TensorSpec
 from loaders.storage import local
 from loaders.strategies.auto import choose
@@ -246,17 +247,18 @@ def planned_bytes(
         BadSpec: the preset cannot take this checkpoint.
     """
     scheme = quant.scheme
-    is_copy = scheme == Plain()
-    family = checkpoint.family
-    how, known = (not is_copy, not wants_stacks(scheme.engine, family)), {} if known is None else known
+    family, layout = checkpoint.family, LAYOUTS[BY_ENGINE[scheme.engine]]
+    # As jobs do: a GGUF is decoded for all layouts but its own, and another source for all schemes but none.
+    decode = layout.name != "gguf" if checkpoint.container == "gguf" else scheme != Plain()
+    how, known = (decode, not wants_stacks(scheme.engine, family)), {} if known is None else known
     if how not in known:
         known[how] = tensors_of(checkpoint, decode=how[0], split=how[1])
     sources = known[how]
     mix = quant.mix
     rules = default_rules(scheme, family) if mix is None else mix.rules(sources.tensors, checkpoint.config)
-    decisions = decide(sources.tensors, scheme, (), rules)
-    layout = LAYOUTS[BY_ENGINE[scheme.engine]]
-    placed = layout.place(checkpoint, decisions)
+    dtype = usual_dtype(checkpoint, scheme, is_decoded=decode)
+    decisions = cast_kept(decide(sources.tensors, scheme, (), rules, kept_dtype=dtype), dtype)
+    placed = layout.place(declared_in(checkpoint, dtype), decisions)
     size = sum(tensor.spec.size for each in placed for tensor in each.stored.values())
     return size, sum(each.tensor.spec.numel for each in placed)
 
@@ -292,6 +294,9 @@ def _said(each: FittedPreset, room: int) -> str:
 
 def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int) -> str:
     if chosen is not None:
+        bits = {each.preset: each.bits_per_weight or 0.0 for each in candidates if each.fits}
+        if max(bits.values()) > bits[chosen]:
+            return f"scheme {chosen}: as the source stores it, which fits; more bits per weight bring nothing back"
         return f"scheme {chosen}: the most bits per weight that fit"
     known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]
     if not known:

@@ -44,6 +44,30 @@ def test_what_is_kept_of_a_gguf_is_bfloat16_unless_it_is_asked_for_otherwise(
     assert weightmill("verify", f"output.path={out}").status == 0
 
 
+def test_a_gguf_that_is_not_quantized_again_is_decoded_to_bfloat16(weightmill: Any, tmp_path: Path, gguf: Path) -> None:
+    ran = weightmill("run", f"model.path={gguf}", f"output.path={tmp_path / 'out'}", "quant=none")
+    assert ran.status == 0, ran.err
+    assert set(dtypes_of(tmp_path / "out").values()) == {"BF16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "not copied; output=gguf copies it as it is" in ran.out
+    assert "copied as it is " not in ran.out
+    plain = tmp_path / "plain"
+    assert weightmill("run", f"output.path={plain}", "quant=none", "quant.dtype=float32", "output=gguf").status == 0
+    ran = weightmill("run", f"model.path={plain}", f"output.path={tmp_path / 'back'}", "quant=none")
+    assert ran.status == 0, ran.err
+    assert set(dtypes_of(tmp_path / "back").values()) == {"F32"}  # no blocks: nothing is decoded, nothing lost
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cpu", "mps", "mlx"])
+def test_recommended_sizes_are_those_of_plans(weightmill: Any, tmp_path: Path, gguf: Path, backend: str) -> None:
+    given = (f"model.path={gguf}", "format=json")
+    found = weightmill("recommend", *given, f"backend={backend}", "backend.memory_gb=8").document
+    for each in found["candidates"]:
+        if each["weight_bytes"] is not None:
+            plan = weightmill("plan", *given, f"quant={each['preset']}", f"output.path={tmp_path / 'o'}").document
+            assert plan["output"]["tensor_bytes"] == each["weight_bytes"], each["preset"]
+
+
 def test_floats_of_another_source_are_cast_as_asked(weightmill: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rules = "rules=[{name: embed_tokens, action: cast, cast_to: float16}]"
