@@ -20,7 +20,7 @@ class CleanedFolder(Spec):
     """The folder or the output to clean."""
 
     root: Location = Field(description="a folder of outputs to look into")
-    path: Location | None = Field(description="only what belongs to this output")
+    path: Location | None = Field(description="only what belongs to this output, or lies in this folder of outputs")
     journal: Location | None = Field(default=None, description="where journals of outputs on the Hub are, if not here")
 
 
@@ -45,7 +45,10 @@ def act(spec: CleanSpec) -> Said:
 
     only = None if spec.output.path is None else Address.of(spec.output.path)
     place = only.parent if only is not None else Address.of(spec.output.root)
-    found = find_leftovers(place, None if only is None else only.name)
+    found, places = find_leftovers(place, None if only is None else only.name), [place]
+    # A folder may be of outputs, too.
+    if only is not None and only.is_local and only.path.is_dir():
+        found, places = (*found, *find_leftovers(only)), [only, place]
     rows = [leftover_document(leftover, will_remove=spec.delete) for leftover in found]
     # These are of no folder: who wants them gone says so, by the output or its owner.
     apart = find_leftovers(ON_THE_HUB) if only is None and place.is_local else ()
@@ -53,7 +56,7 @@ def act(spec: CleanSpec) -> Said:
     left = 0 if spec.delete else sum(leftover.size for leftover in found if not leftover.is_held)
     if spec.delete:
         remove(found)
-    text = leftovers_text(rows, place, deletable=left, of_the_hub=len(apart))
+    text = leftovers_text(rows, places, deletable=left, of_the_hub=len(apart))
     return Said({"status": "done", "delete": spec.delete, "found": rows}, text)
 
 
@@ -67,7 +70,7 @@ VERB = Verb(
     examples=(
         ("", "list what is in output.root"),
         ("delete=true", "and delete it"),
-        ("OUT delete=true", "what was left of one output; the same as output.path=OUT"),
+        ("OUT delete=true", "what was left of one output, or in a folder of outputs; the same as output.path=OUT"),
         ("output.root=hf://OWNER", "of outputs on the Hub, whose journals are in your cache, or in output.journal"),
     ),
     positional=("output.path",),

@@ -12,14 +12,18 @@ from loaders.storage.address import Address
 
 
 def leftovers_text(
-    rows: Sequence[Mapping[str, Any]], place: Address, *, deletable: int, of_the_hub: int
+    rows: Sequence[Mapping[str, Any]], places: Sequence[Address], *, deletable: int, of_the_hub: int
 ) -> RenderableType:
-    """Return a table with one row for each leftover found at `place`, and how to delete them.
+    """Return a table with one row for each leftover found at `places`, and how to delete them.
+
+    The place after the first is where the journal of an output of the first's name would be.
 
     `deletable` are the bytes that delete=true would delete, and `of_the_hub` the rows that it leaves.
     """
+    place, *beside = map(str, places)
+    looked = " ".join([place, *(f"nor, of an output of that name, in {each}" for each in beside)])
     if not rows:
-        return f"nothing abandoned in {place}"
+        return f"nothing abandoned in {looked}"
     numbers = ("size", "hours ago", "units done")
     shown = table("folder", "status", *numbers, right=numbers)
     for row in rows:
@@ -28,4 +32,4 @@ def leftovers_text(
     more = [f"nothing was deleted; delete=true deletes {size(deletable)}"] if deletable else []
     if of_the_hub:
         more.append(f"{of_the_hub} of outputs on the Hub: output.root=hf://OWNER delete=true deletes them")
-    return Group(f"in {place}:", shown, *more)
+    return Group(f"in {', and of that output in '.join([place, *beside])}:", shown, *more)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +15,9 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.faults import not_positive
-from loaders.layouts import BY_ENGINE, LAYOUTS
+from loaders.layouts import BY_ENGINE, LAYOUTS, Forming
 from loaders.layouts.engines import wants_stacks
+from loaders.layouts.rules import layout_rules
 from loaders.loading.config import LoadConfig
 from loaders.loading.load import open_weights
 from loaders.near_misses import near
@@ -22,7 +25,6 @@ from loaders.presets.catalog import preset
 from loaders.presets.settings import Quant
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
-from loaders.rules.defaults import default_rules
 from loaders.rules.kept import cast_kept, declared_in, usual_dtype
 from loaders.specs import TensorSpec
 from loaders.storage import local
@@ -107,7 +109,7 @@ def get_recommended_loader_config(
 
     model: a folder or file of weights, whose sizes are planned exactly from headers, or a number of parameters, whose
     sizes are estimated. available_memory_gb: gigabytes (1e9 bytes); by default the free memory. context_tokens: the
-    length of one sequence whose keys and values must fit besides the weights. With a memory given, the backend need not
+    length of one sequence whose keys and values must fit besides the weights, as far as the model has positions. With a memory given, the backend need not
     exist on this machine.
 
     Raises:
@@ -134,7 +136,8 @@ def get_recommended_loader_config(
     medium = "local" if checkpoint is None else _medium(checkpoint)
     workers = device.workers(strategy, medium)
     lines += [f"strategy {strategy}: {why}", f"workers: {workers}, to begin with, from {medium} storage"]
-    lines.append(_verdict(chosen, candidates, room))
+    most = 0 if chosen is not None else _tokens_that_fit(checkpoint, device, candidates, context_tokens)
+    lines.append(_verdict(chosen, candidates, room, most))
     return Recommendation(
         scheme=chosen,
         strategy=strategy,
@@ -170,11 +173,16 @@ def _reserve(checkpoint: Checkpoint | None, device: Backend, tokens: int) -> tup
     layers, hidden, inner, vocabulary = sizes
     assert checkpoint is not None
     kept, said = _kept(checkpoint.config, layers, device)
+    positions = text_config(checkpoint.config, "max_position_embeddings")
+    limit = ""
+    if isinstance(positions, int) and 0 < positions < tokens:
+        tokens, limit = positions, f"; the model has no more than {positions} positions"
     cache = kept * tokens * CACHE_ITEM_BYTES
     chunk = min(tokens, CHUNK_TOKENS)
     active = chunk * (8 * hidden + 3 * inner) * 2 + vocabulary * 4
     return runtime + cache + active, [
-        f"assumed, keys and values: {said} x {tokens} tokens x {CACHE_ITEM_BYTES} bytes = {_gb(cache)} (one sequence)",
+        f"assumed, keys and values: {said} x {tokens} tokens x {CACHE_ITEM_BYTES} bytes = {_gb(cache)} (one"
+        f" sequence{limit})",
         f"assumed, activations: {chunk} tokens x (8 x {hidden} + 3 x {inner}) x 2 bytes, and {vocabulary} logits ="
         f" {_gb(active)}",
         f"assumed, runtime: {_gb(runtime)}",
@@ -254,13 +262,13 @@ def planned_bytes(
     if how not in known:
         known[how] = tensors_of(checkpoint, decode=how[0], split=how[1])
     sources = known[how]
-    mix = quant.mix
-    rules = default_rules(scheme, family) if mix is None else mix.rules(sources.tensors, checkpoint.config)
+    tensors = layout.formed(checkpoint, sources.tensors) if isinstance(layout, Forming) else sources.tensors
+    rules = layout_rules(layout, checkpoint, tensors, scheme, quant.mix)
     dtype = usual_dtype(checkpoint, scheme, is_decoded=decode)
-    decisions = cast_kept(decide(sources.tensors, scheme, (), rules, kept_dtype=dtype), dtype)
+    decisions = cast_kept(decide(tensors, scheme, (), rules, kept_dtype=dtype), dtype)
     placed = layout.place(declared_in(checkpoint, dtype), decisions)
     size = sum(tensor.spec.size for each in placed for tensor in each.stored.values())
-    return size, sum(each.tensor.spec.numel for each in placed)
+    return size, sources.parameters
 
 
 def _estimated(quant: Quant, parameters: int) -> tuple[int, float]:
@@ -292,7 +300,20 @@ def _said(each: FittedPreset, room: int) -> str:
     )
 
 
-def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int) -> str:
+def _tokens_that_fit(
+    checkpoint: Checkpoint | None, device: Backend, candidates: Sequence[FittedPreset], tokens: int
+) -> int:
+    """Return the most of these tokens with which the smallest preset fits; 0 if fewer tokens do not help."""
+    least = min((each.weight_bytes for each in candidates if each.weight_bytes is not None), default=None)
+    if least is None:
+        return 0
+    room = device.free_bytes - least
+    fewer = range(1, min(tokens, sys.maxsize))
+    return bisect_right(fewer, room, key=lambda count: _reserve(checkpoint, device, count)[0])
+
+
+def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int, tokens: int) -> str:
+    """Say what was chosen, or what is lacking; `tokens` are the most that would fit, or 0."""
     if chosen is not None:
         bits = {each.preset: each.bits_per_weight or 0.0 for each in candidates if each.fits}
         if max(bits.values()) > bits[chosen]:
@@ -301,7 +322,8 @@ def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int) 
     known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]
     if not known:
         return "nothing fits: no preset can take this checkpoint"
-    return f"nothing fits: {_gb(min(known) - room)} more, or strategy=streaming, or fewer context tokens"
+    fewer = f", or at most context_tokens={tokens}" if tokens else ""
+    return f"nothing fits: it takes {_gb(min(known) - room)} more memory{fewer}"
 
 
 def _gb(size: int) -> str:

@@ -43,3 +43,22 @@ def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: P
     assert weightmill("clean", "delete=true").status == 0
     assert not held.destination.root.exists()
     assert "nothing abandoned" in weightmill("clean").out
+
+
+def test_a_folder_given_alone_is_an_output_or_holds_outputs(tmp_path: Path, weightmill: Any) -> None:
+    folder = tmp_path / "outs"
+    (folder / "llama" / "deep").mkdir(parents=True)
+    (folder / "llama" / "weights.safetensors").write_bytes(b"kept")
+    nothing = weightmill("clean", str(folder))
+    assert f"nothing abandoned in {folder} nor, of an output of that name, in {tmp_path}" in nothing.out
+    journals = [tmp_path / ".outs.0123456789ab.weightmill", folder / ".llama.0123456789ab.weightmill"]
+    other = tmp_path / ".other.0123456789ab.weightmill"
+    for each in (*journals, other):
+        each.mkdir()
+    found = weightmill("clean", str(folder), "format=json").document["found"]
+    assert [row["path"] for row in found] == [str(each) for each in journals]
+    assert weightmill("clean", str(folder), "delete=true").status == 0
+    assert not any(each.exists() for each in journals)
+    assert other.exists()
+    assert (folder / "llama" / "weights.safetensors").read_bytes() == b"kept"
+    assert (folder / "llama" / "deep").exists()

@@ -13,6 +13,7 @@ from jobs.cli.main import completions, overview
 from loaders import BadSpec, get_recommended_loader_config
 from loaders.loading.recommend import PRESETS
 from loaders.places import DEMO
+from tests.tiny_models import make
 
 NAMES = sorted({name for names in PRESETS.values() for name in names})
 
@@ -45,16 +46,39 @@ def test_the_most_bits_that_fit_are_taken() -> None:
 
 
 def test_the_arithmetic_is_shown_and_right() -> None:
-    found = get_recommended_loader_config(DEMO, "cuda", 24, context_tokens=4096)
+    found = get_recommended_loader_config(DEMO, "cuda", 24, context_tokens=4096)  # of which it has 512
     said = str(found)
-    cache = 2 * 3 * 64 * 4096 * 2  # keys and values, layers, heads by their size, tokens, bytes
-    active = 2048 * (8 * 256 + 3 * 512) * 2 + 1024 * 4
+    cache = 2 * 3 * 64 * 512 * 2  # keys and values, layers, heads by their size, tokens, bytes
+    active = 512 * (8 * 256 + 3 * 512) * 2 + 1024 * 4
     assert found.reserve_bytes == cache + active + 1_000_000_000
-    assert f"2 x 3 layers x 64 x 4096 tokens x 2 bytes = {cache / 1e6:.2f} MB" in said
+    assert f"2 x 3 layers x 64 x 512 tokens x 2 bytes = {cache / 1e6:.2f} MB" in said
+    assert "no more than 512 positions" in said
     assert found.workers >= 1
     assert found.strategy in said
     config = found.load_config()
     assert config.quantize is None
+
+
+def test_fewer_tokens_are_advised_where_they_help() -> None:
+    all_ = get_recommended_loader_config(DEMO, "cuda", 100, context_tokens=512)
+    least = min(each.weight_bytes for each in all_.candidates if each.weight_bytes is not None)
+    for tokens in (10**30, 512, 101):
+        enough = get_recommended_loader_config(DEMO, "cuda", 100, context_tokens=100).reserve_bytes + least
+        less = get_recommended_loader_config(DEMO, "cuda", enough / 1e9, context_tokens=tokens)
+        assert less.arithmetic[-1].endswith(" more memory, or at most context_tokens=100")
+        fits = get_recommended_loader_config(DEMO, "cuda", enough / 1e9, context_tokens=100)
+        assert fits.scheme is not None
+    never = get_recommended_loader_config(DEMO, "cuda", least / 1e9)
+    assert never.arithmetic[-1].startswith("nothing fits: it takes ")
+    assert never.arithmetic[-1].endswith(" more memory")
+
+
+def test_what_the_engine_has_no_place_for_is_dropped_as_in_a_job(tmp_path: Path, weightmill: Any) -> None:
+    model = make("bert", tmp_path / "model")
+    planned = weightmill("plan", f"model.path={model}", "quant=gguf_q8_0", "format=json").document
+    [row] = [each for each in get_recommended_loader_config(model, "cpu", 9).candidates if each.preset == "gguf_q8_0"]
+    assert row.weight_bytes == planned["output"]["tensor_bytes"], row.why
+    assert row.bits_per_weight == pytest.approx(planned["output"]["bits_per_weight"])
 
 
 def headers_only(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
