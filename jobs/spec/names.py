@@ -41,6 +41,8 @@ def _words(spec: JobSpec) -> list[str]:
     words += [] if output.container in ("auto", USUAL.get(output.layout)) else [output.container]
     words += ["split"] if output.split else []
     forms = {key: field.default for key, field in type(output).model_fields.items() if key not in OWN_WORDS}
-    words += [word_of(key, value) for key, default in forms.items() if (value := getattr(output, key)) != default]
+    # What is left to the program needs no word: conf/output says auto where a request of a program says nothing.
+    chosen = {key: value for key, default in forms.items() if (value := getattr(output, key)) not in (default, "auto")}
+    words += [word_of(key, value) for key, value in chosen.items()]
     words += [f"mtp-{spec.mtp}"] if spec.mtp != "auto" else []
     return words + ([f"rules-{text_digest(json.dumps(rules))[:6]}"] if rules else [])
