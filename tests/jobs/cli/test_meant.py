@@ -84,7 +84,7 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("quant.blocksize=64", "did you mean 'group_size'?"),
         ("quant.compress_statistics=true", "did you mean 'double_quant'?"),
         ("strategy.memory_budget_mb=64", "it belongs to strategy=remote|streaming"),
-        ("verify.tokens=64", "it belongs to verify=logits"),
+        ("verify.tokens=64", "it belongs to verify=logits|embeddings"),
         ("output.pth=x", "did you mean 'path'?"),
         ("tracking.url=x", "did you mean 'uri'?"),
         ("cluster.num_workers=4", "did you mean 'threads'?"),
@@ -223,7 +223,7 @@ def test_a_verb_of_another_tool_says_what_it_is_here(word: str, said: str, capsy
 @pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
-        ("clean", ["--dry-run"], "give dry_run=true"),
+        ("clean", ["--dry-run"], "python -m jobs.clean only lists"),
         ("compare", ["swep=all"], "did you mean 'sweep'?"),
         ("inspect", ["tensors=ALL"], "did you mean 'all'?"),
         ("recommend", ["backend.memory=24"], "did you mean 'memory_gb'?"),
