@@ -160,6 +160,8 @@ def option_problem(option: str, value: str | None, keys: Keys, choices: Choices,
     value = own if equals else value
     shown = option if equals or value is None else f"{option} {value}"
     bare = plain(name)
+    if bare == "dry_run" and "delete" in keys:
+        return f"{shown}: unknown option; without delete=true nothing is deleted"
     if bare not in keys and (said := OPTIONS.get(bare) or WITHOUT.get(bare)) is not None:
         return f"{shown}: unknown option; {said}"
     if plain(value or "") in ELSEWHERE and key_meant(name, keys) == "quant":

@@ -223,7 +223,7 @@ def test_a_verb_of_another_tool_says_what_it_is_here(word: str, said: str, capsy
 @pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
-        ("clean", ["--dry-run"], "python -m jobs.clean only lists"),
+        ("clean", ["--dry-run"], "without delete=true nothing is deleted"),
         ("compare", ["swep=all"], "did you mean 'sweep'?"),
         ("inspect", ["tensors=ALL"], "did you mean 'all'?"),
         ("recommend", ["backend.memory=24"], "did you mean 'memory_gb'?"),
