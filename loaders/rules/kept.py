@@ -1,4 +1,4 @@
-"""The dtype of what is kept: that of a decoded source where nothing is asked for, and what it makes of a config and decisions."""
+"""The dtype of what is kept: that of a decoded source by default, and what it makes of a config and decisions."""
 
 from __future__ import annotations
 
