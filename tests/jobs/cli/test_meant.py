@@ -113,6 +113,8 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("objective=kl", "objective: expected a list, such as 'objective=[error/relative]'"),
         ("model.revision=12e4567", "quote it twice"),
         ("model.name=5", "quote it twice"),
+        ("output.max_shard_size=10", "output.max_shard_size: expected a size such as 5GB or 512MiB; found 10"),
+        ("output.max_shard_size=10M", 'output.max_shard_size: expected a size such as 5GB or 512MiB; found "10M"'),
         ("rules=keep", "expected a list, such as 'rules=[{action: keep"),
         ("'rules=[keep]'", "rules[0]: expected"),
         ("'rules=[{action: skip, name: x}]'", "did you mean 'keep'?"),
