@@ -151,7 +151,13 @@ def setting_meant(word: str, value: str | None, keys: Keys, choices: Choices) ->
             return f"{key}={option}"
         takes_path = key in PATH_OF and (is_path(value) or key in ("model", "output"))
         return f"{PATH_OF[key]}={value}" if takes_path else f"{key}=NAME"
-    return f"{key}={value}"
+    return _given(key, value)
+
+
+def _given(key: str, value: str) -> str:
+    """Return a key and its value; an output is the folder in which the named file will be."""
+    stem, suffix = os.path.splitext(value)
+    return f"{key}={stem if key == 'output.path' and suffix.lower() in WEIGHTS else value}"
 
 
 def option_problem(option: str, value: str | None, keys: Keys, choices: Choices, *, sweeps: bool) -> str:
@@ -184,7 +190,7 @@ def bare_problem(word: str, keys: Keys, choices: Choices, paths: list[str]) -> s
     path = next((key for key in ("model.path", "output.path") if key in keys and key not in paths), None)
     if path is not None and (os.path.lexists(word) or word.lower().endswith(WEIGHTS)):
         paths.append(path)
-        return f"{said}; give {path}={word}"
+        return f"{said}; give {_given(path, word)}"
     for group, options in choices.items():
         if (option := meant(word, options)) is not None and (option == plain(word) or len(plain(word)) > 2):
             return f"{said}; give {group}={option}"
@@ -192,7 +198,7 @@ def bare_problem(word: str, keys: Keys, choices: Choices, paths: list[str]) -> s
         return f"{said}; as a quant: {choice_problem('quant', word, choices['quant'])}"
     if path is not None and is_path(word):
         paths.append(path)
-        return f"{said}; give {path}={word}"
+        return f"{said}; give {_given(path, word)}"
     found = key_meant(word, keys)
     return f"{said}; is it {f'{found}=...'!r}?" if found else f"{said}; `weightmill help` lists the settings"
 

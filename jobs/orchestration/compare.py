@@ -19,6 +19,7 @@ from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.pages import compare_page
 from jobs.tracking.store import Store, Tracked
 from loaders.errors import BadSpec, io_errors
+from loaders.presets.naming import joined
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
@@ -65,7 +66,10 @@ def compare(
     ):
         known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
         raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
-    return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
+    # Another comparison of runs must not replace this one.
+    name = joined(c.name for c in candidates).removeprefix("-") if runs else title
+    folder = Path(path) if path else Path(root) / "comparisons" / (name or title)
+    return _said(title, candidates, error, folder, page)
 
 
 @contextmanager

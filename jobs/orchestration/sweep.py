@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import deepcopy
@@ -257,7 +258,10 @@ class Sweep:
         said = {n: in_a_line(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}") for n in failed}
         faults = [Text(said[n], style="bold red") for n in failed]
         pages: list[RenderableType] = [Text(f"page: {written}"), *([whole(page)] if page else [])]
-        text = Group(f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(), *pages)
+        text = Group(
+            f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(), *pages,
+            *_to_compare(candidates),
+        )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
@@ -359,6 +363,12 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
     except BadSpec:
         return None
     return match[1]
+
+
+def _to_compare(candidates: Sequence[ComparedJob]) -> list[RenderableType]:
+    """Return the command that compares the outputs, tracked or not, if these are several."""
+    outputs = [job.output for job in candidates if job.status == "done" and job.output]
+    return [whole(f"compare them: {shlex.join(['weightmill', 'compare', *outputs])}")] if len(outputs) > 1 else []
 
 
 def page_of(output: Address, root: Path) -> str:

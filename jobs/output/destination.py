@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
+from jobs.cli.meant import WEIGHTS
 from jobs.output.leftovers import find_leftovers
 from jobs.output.publish import check_replaceable
 from jobs.spec.job import JobSpec
@@ -24,6 +27,8 @@ def check_output(spec: JobSpec) -> None:
 def check_place(spec: JobSpec, output: Address) -> None:
     """Check that the output is not inside the source or another output, and the source is not inside the output.
 
+    Nor may a new folder have the name of a file of weights.
+
     Raises:
         BadSpec: it is.
     """
@@ -34,6 +39,12 @@ def check_place(spec: JobSpec, output: Address) -> None:
     around = next((above for above in output.parents if open_store(above).find(OUR_REPORT) is not None), None)
     if around is not None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
+    suffix = PurePosixPath(output.name).suffix
+    if suffix.lower() in WEIGHTS and output.is_local and not output.path.is_dir():
+        raise BadSpec(
+            f"output.path: {output}: expected a folder, found the name of a file; give"
+            f" output.path={output.parent / output.name.removesuffix(suffix)}, in which the file will be"
+        )
 
 
 def check_free(spec: JobSpec, output: Address, why: str | None = None) -> None:

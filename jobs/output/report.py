@@ -309,7 +309,10 @@ def read_report(output: Address) -> Report:
     """
     files = PinnedFiles(open_store(output))
     if files.find(OUR_REPORT) is None:
-        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
+        folder = output.parent
+        is_within = output.is_local and folder != output and open_store(folder).find(OUR_REPORT) is not None
+        hint = f"; give its folder: {folder}" if is_within else ""
+        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there{hint}")
     return Report.from_json(files.read_all(OUR_REPORT, JSON_REPORT), str(output / OUR_REPORT))
 
 

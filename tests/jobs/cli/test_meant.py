@@ -134,7 +134,7 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("quant", "as in quant="),
         ("gptq", "read here and not written"),
         ("./some/model", "give model.path=./some/model"),
-        ("in.gguf out.gguf Q4_K_M", "out.gguf: expected key=value; give output.path=out.gguf"),
+        ("in.gguf out.gguf Q4_K_M", "out.gguf: expected key=value; give output.path=out"),
     ],
 )  # fmt: skip
 def test_a_near_miss_says_what_to_type(line: str, said: str) -> None:
@@ -165,7 +165,7 @@ def test_a_near_miss_says_what_to_type(line: str, said: str) -> None:
         ("--upload-repo me/x", "output.path=hf://OWNER/NAME"),
         ("--dequantize", "quant=none quant.dtype=bfloat16"),
         # convert_hf_to_gguf.py and llama-quantize
-        ("--outfile x.gguf", "give output.path=x.gguf"),
+        ("--outfile x.gguf", "give output.path=x"),
         ("--outtype q8_0", "give quant=gguf_q8_0"),
         ("--allow-requantize", "leave it out"),
         ("--pure", "give quant.pure=true"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -73,3 +74,22 @@ def test_a_sweep_over_two_models_gives_each_a_table_and_a_front(source: Path, tm
         assert f"{other}: 2 jobs" in found.out
         assert f"{source}: 2 jobs" in found.out
         assert found.out.count("Pareto front (*) of bits per weight against relative error of the weights") == 2
+
+
+def test_outputs_are_compared_from_anywhere_without_a_store_of_runs(
+    source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "o"
+    ran = weightmill("run", "-m", f"model.path={source}", f"output.root={root}", "tracking=none", "quant=nf4,fp4,int8")
+    assert ran.status == 0, ran.err
+    [line] = [line for line in ran.out.splitlines() if line.startswith("compare them: ")]
+    verb, *outputs = shlex.split(line)[3:]
+    assert verb == "compare"
+    assert len(outputs) == 3
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    for given in (outputs, outputs[:2], outputs[1:]):
+        assert weightmill("compare", *given).status == 0
+    names = {folder.name for folder in (elsewhere / "weightmill" / "comparisons").iterdir()}
+    nf4, fp4, int8 = (Path(output).name for output in outputs)
+    assert names == {f"{nf4}-{fp4}-{int8}", f"{nf4}-{fp4}", f"{fp4}-{int8}"}

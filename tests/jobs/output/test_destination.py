@@ -112,3 +112,20 @@ def test_a_disk_that_fills_up_during_the_work_is_one_clear_error(
     assert "No space left on device" in ran.err
     assert "the same command" in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_is_a_folder_and_not_a_file(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    given = (f"model.path={source}", "quant=nf4", f"output.path={tmp_path / 'x.GGUF'}")
+    for verb in ("plan", "run"):
+        ran = weightmill(verb, *given)
+        assert ran.status == 2, ran.out
+        assert f"give output.path={tmp_path / 'x'}, in which" in ran.err
+    assert not list(tmp_path.glob("x*"))
+    (tmp_path / "x.GGUF").mkdir()
+    assert "expected a folder" not in weightmill("run", *given).err
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={source}", f"output.path={out}").status == 0
+    [file, *_] = out.glob("*.safetensors")
+    ran = weightmill("verify", str(file))
+    assert ran.status == 2
+    assert f"give its folder: {out}" in ran.err
