@@ -37,7 +37,6 @@ VERB = Verb(
         ("quant=none quant.dtype=bfloat16", "cast"),
         ("quant=auto quant.engine=mlx quant.target_bits=4.25", "a budget"),
         ("quant=nf4 verify=logits", "KL and perplexity, too"),
-        ("quant=nf4 verify=embeddings", "an encoder: how close its hidden states are"),
         ("-m quant=nf4,fp4 quant.group_size=64,128", "a sweep, in one pass"),
         ("-m experiment=four_bit_shootout", "a ready-made sweep"),
     ),

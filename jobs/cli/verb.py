@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from jobs.cli.arguments import bare_value
-from jobs.cli.compose import Request, compose, take_apart
+from jobs.cli.compose import FLAGS, Request, compose, take_apart
 from jobs.cli.console import ALL_COLUMNS, console, patient_streams
 from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
@@ -117,8 +117,12 @@ class Verb(Generic[S]):
     def _named(self, given: list[str]) -> list[str]:
         """Give arguments that are values alone the names of the positional keys."""
         names, gathered, found = list(self.positional), list[str](), list[str]()
-        for word in given:
-            value = bare_value(word, self.config or self.name, self.spec, only_paths=self.can_sweep)
+        for before, word in zip(["", *given], given, strict=False):
+            # What follows another tool's option is the option's value, which is told with it.
+            is_value = before.startswith("-") and before not in FLAGS and "=" not in before
+            value = (
+                None if is_value else bare_value(word, self.config or self.name, self.spec, only_paths=self.can_sweep)
+            )
             if value is not None and names:
                 found.append(f"{names.pop(0)}={value}")
             elif value is not None and self.gathered is not None:
