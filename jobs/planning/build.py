@@ -143,7 +143,12 @@ def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tup
         made, lost = made_files(checkpoint)
     if isinstance(layout, DiffusersLayout):
         made = layout.configs(checkpoint, decisions, target.compute_dtype)
-    notes = [*_larger_than_asked(target, planned), *lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
+    notes = [
+        *_larger_than_asked(target, planned),
+        *lost,
+        *(assembly.notes if assembly is not None else ()),
+        *_not_computed(layout, checkpoint),
+    ]
     plan = TargetPlan(
         target=target,
         decisions=decisions,
