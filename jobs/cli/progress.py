@@ -112,7 +112,8 @@ class Meter:
         known = self._total / 50 < self._done < self._total and is_steady
         left = f", about {(self._total - self._done) / rate:.0f} s left" if known else ""
         moved = f"; {self.moved}" if self.moved else ""
-        of = f"{min(1.0, self._done / self._total):.0%} of {self._size(max(self._total, self._done))}, {self._size(rate)}/s"
+        total = max(self._total, self._done)
+        of = f"{self._done / total:.0%} of {self._size(total)}, {self._size(rate)}/s"
         print(
             f"{self._what}: {of}{left}{moved}",
             file=sys.stderr,

@@ -129,6 +129,13 @@ def test_a_file_that_is_larger_than_asked_is_warned_of(weightmill: Any, tmp_path
     assert "larger than output" not in weightmill("plan", *given, "output.max_shard_size=600KB").out
 
 
+def test_a_result_says_which_relative_error_is_which(weightmill: Any, tmp_path: Path) -> None:
+    ran = weightmill("run", f"output.path={tmp_path / 'out'}", "quant=nf4")
+    metrics = json.loads((tmp_path / "out" / "weightmill.json").read_text())["totals"]
+    assert f"relative error of these {metrics['changed']['relative_error']:.5f}" in ran.out
+    assert f"relative error over all weights: {metrics['relative_error']:.5f}" in ran.out
+
+
 def test_progress_ends_at_its_total(
     weightmill: Any, tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.cli.main import completions, overview
 from loaders import BadSpec, get_recommended_loader_config
-from loaders.loading.recommend import PRESETS
+from loaders.loading.recommend import PRESETS, FittedPreset, _verdict
 from loaders.places import DEMO
 from tests.tiny_models import make
 
@@ -215,3 +215,10 @@ def test_what_was_measured_says_what_loses_least(tmp_path: Path, weightmill: Any
     assert all(row["bytes"] <= room for row in rows)
     assert {"mlx_int3", "mlx_int2"} <= {row["quant"] for row in rows}
     assert "mlx_int8" not in {row["quant"] for row in rows}
+
+
+def test_a_smaller_source_that_is_taken_is_not_called_the_most_bits() -> None:
+    stored = FittedPreset("none", 96, 5.7, True, "")
+    more, fewer = FittedPreset("int8", 160, 9.7, True, ""), FittedPreset("nf4", 80, 5.0, True, "")
+    assert "as the source stores it" in _verdict("none", [stored, more], 1000)
+    assert _verdict("none", [stored, fewer], 1000) == "scheme none: the most bits per weight that fit"
