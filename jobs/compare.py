@@ -16,7 +16,9 @@ class ComparePlace(Spec):
     """The folder of the default tracking store, and the folder of the comparison."""
 
     root: LocalPath = Field(description="the folder whose mlflow.db is read if tracking.uri is not given")
-    path: LocalPath | None = Field(description="the comparison's folder; root / comparisons / SWEEP by default, or the runs' names")
+    path: LocalPath | None = Field(
+        description="the comparison's folder; root / comparisons / SWEEP by default, or the runs' names"
+    )
 
 
 class CompareSpec(Spec):

@@ -108,8 +108,8 @@ def get_recommended_loader_config(
 
     model: a folder or file of weights, whose sizes are planned exactly from headers, or a number of parameters, whose
     sizes are estimated. available_memory_gb: gigabytes (1e9 bytes); by default the free memory. context_tokens: the
-    length of one sequence whose keys and values must fit besides the weights, as far as the model has positions. With a memory given, the backend need not
-    exist on this machine.
+    length of one sequence whose keys and values must fit besides the weights, as far as the model has positions. With a
+    memory given, the backend need not exist on this machine.
 
     Raises:
         BadSpec: the backend is unknown, or absent and no memory is given; or a number is not positive.
