@@ -60,6 +60,7 @@ CONFIG_LAYERS = 10_000  # of a model
 CONFIG_NUMBER = 1 << 53  # the largest whole number that every reader of JSON takes
 CONFIG_DEPTH = 32  # objects in one another
 PATTERN = 20_000  # characters of a regular expression; some tools list every layer in one
+PATTERNS = 4096  # regular expressions of one list, each of which may meet every name
 PATTERN_SECONDS = 1.0  # for which one pattern may be matched where no linear engine takes it
 RULE_VALUES = 10_000  # values in a file of rules, those of aliases counted each time
 TOKEN = 512  # letters of a token that is cut into pairs, for merges
@@ -116,6 +117,12 @@ def check_tensors(count: int, where: str) -> None:
     """Raise BadCheckpoint if a file, or a checkpoint, has more than MOST_TENSORS tensors."""
     if count > MOST_TENSORS:
         raise BadCheckpoint(f"{where}: {count} tensors, at most {MOST_TENSORS} are read; do not trust it")
+
+
+def check_patterns(count: int, place: str) -> None:
+    """Raise BadCheckpoint if a list of a config has more than PATTERNS regular expressions, before one is compiled."""
+    if count > PATTERNS:
+        raise BadCheckpoint(f"{place}: {count} patterns, at most {PATTERNS} are read; name the modules, or use fewer")
 
 
 def check_shape(shape: Any, most: int = MOST_DIMENSIONS) -> tuple[int, ...]:

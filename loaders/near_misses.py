@@ -108,7 +108,8 @@ ELSEWHERE: dict[str, str] = {
                     " (llama.cpp)"),
     **dict.fromkeys(("3", "3bit", "2", "2bit"), "2 and 3 bits are hqq2, hqq3, and mlx_int4 with bits=2 or 3"),
     **dict.fromkeys(("bfloat16", "bf16", "float16", "fp16", "f16", "float32", "fp32", "half"),
-                    "it is a cast: none with dtype=bfloat16 (float16, float32), or gguf_bf16, gguf_f16"),
+                    "it is a cast: quant=none quant.dtype=bfloat16 (float16, float32), or quant=gguf_bf16,"
+                    " quant=gguf_f16"),
 }  # fmt: skip
 # Arguments of other tools that nothing here corresponds to, and why.
 WITHOUT: dict[str, str] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Control characters but the tab and the line feed; what turns the direction of a line; and halves of characters, which
@@ -31,6 +31,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     What follows the noun may be given with it: counted(n, "matrix stays", "matrices stay").
     """
     return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def listed(names: Sequence[str], one: str, many: str) -> str:
+    """Return names with what follows them, such as "is missing" after one and "are missing" after several."""
+    return f"{', '.join(names)} {one if len(names) == 1 else many}"
 
 
 def size(count: float) -> str:

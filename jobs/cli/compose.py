@@ -190,6 +190,8 @@ def _choice(override: str, group: str, value: str, verb: str, request: Request) 
     if (request.is_sweep and "(" in value) or "${" in value:
         return override, None
     listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if group == "quant" and value.startswith("[") and request.is_sweep:
+        return "", f"{group}: expected choices without brackets, found {value}; write {group}={listed}"
     for chosen in (part.strip().strip("'\"") for part in listed.split(",")):
         if chosen not in files and (chosen != "null" or group != "experiment"):
             return "", choice_problem(group, chosen, choices[group])

@@ -90,6 +90,9 @@ PATH_OF = {
     "model": "model.path", "output": "output.path", "transform": "transform.path", "tracking": "tracking.uri",
     "cluster": "cluster.address", "source": "model.path", "store": "store.endpoint", "verify": "verify.text",
 }  # fmt: skip
+# Kinds of weight files that may be given for a layout, and the layout that has them.
+CONTAINER_OF = {"safetensors": ("safetensors", "hf"), "safetensor": ("safetensors", "hf"),
+                **dict.fromkeys(("pytorch", "bin", "pt", "pth", "pkl", "torch"), ("pytorch", "hf"))}  # fmt: skip
 WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -167,6 +170,8 @@ def option_problem(option: str, value: str | None, keys: Keys, choices: Choices,
     value = own if equals else value
     shown = option if equals or value is None else f"{option} {value}"
     bare = plain(name)
+    if bare == "dry_run" and "delete" in keys:
+        return f"{shown}: unknown option; without delete=true nothing is deleted"
     if bare not in keys and (said := OPTIONS.get(bare) or WITHOUT.get(bare)) is not None:
         return f"{shown}: unknown option; {said}"
     if plain(value or "") in ELSEWHERE and key_meant(name, keys) == "quant":
@@ -217,6 +222,9 @@ def choice_problem(group: str, chosen: str, options: Sequence[str]) -> str:
         said = unknown_quant(chosen, options, "; `weightmill help quant` lists all").replace("unknown ", "", 1)
         return f"quant: unknown choice {said}"
     hint = near(chosen, options)
+    if group == "output" and plain(chosen) in CONTAINER_OF:
+        container, layout = CONTAINER_OF[plain(chosen)]
+        hint = f"; give output.container={container}, or output={layout}"
     if not hint and group in ("model", "output") and re.fullmatch(r"[\w.\-]+", chosen):
         hint = f"; a folder is given by {PATH_OF[group]}={chosen}"
     return f"{group}: unknown choice {chosen!r}{hint}; known: {', '.join(options)}"

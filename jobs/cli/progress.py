@@ -90,7 +90,7 @@ class Meter:
             if self._also is not None:
                 self._also(count)
             if self._bar:
-                self._bar.update(self._task, completed=self._done)
+                self._bar.update(self._task, completed=self._done, total=max(self._total, self._done))
                 return
             now = time.monotonic()
             pause = FIRST_LINE_S if self._said == self._began else LINE_S
@@ -108,10 +108,11 @@ class Meter:
     def _line(self, now: float) -> None:
         rate = self._done / (now - self._began)
         is_steady = self._compiled is None or now - self._compiled > LINE_S
-        known = self._done > self._total / 50 and is_steady
+        # More than was reckoned with may be done: what is shared with another tensor may be worked on twice.
+        known = self._total / 50 < self._done < self._total and is_steady
         left = f", about {(self._total - self._done) / rate:.0f} s left" if known else ""
         moved = f"; {self.moved}" if self.moved else ""
-        of = f"{self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s"
+        of = f"{min(1.0, self._done / self._total):.0%} of {self._size(max(self._total, self._done))}, {self._size(rate)}/s"
         print(
             f"{self._what}: {of}{left}{moved}",
             file=sys.stderr,

@@ -17,7 +17,7 @@ from jobs.cli.instead import instead
 from jobs.cli.meant import OPTIONS, key_hint
 from loaders.errors import BadSpec
 from loaders.faults import by_place, expectations, kinds_of, models_of, named
-from loaders.near_misses import WITHOUT, near, plain
+from loaders.near_misses import WITHOUT, meant, plain
 from loaders.places import DEMO
 from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
@@ -164,11 +164,21 @@ def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
         return f"{name}: unknown key; it belongs to {place[0]}={'|'.join(belongs)}; known: {here}"
     if len(place) > 1:
         why = WITHOUT.get(plain(leaf))
-        hint = f"; {why}" if why else near(leaf, known)
+        found = meant(leaf, known)
+        # A whole setting can be pasted; within a list there is no such word.
+        whole = f"{name.removesuffix(leaf)}{found}" if all(isinstance(part, str) for part in place) else found
+        hint = f"; {why}" if why else f"; did you mean {whole!r}?" if found else ""
     else:
         why = OPTIONS.get(plain(leaf)) or WITHOUT.get(plain(leaf))
-        hint = f"; {why}" if why else key_hint(leaf, [key for key, _ in fields_of(spec)])
+        hint = f"; {why}" if why else key_hint(leaf, _taken(spec, values))
     return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+
+
+def _taken(spec: type[BaseModel], values: dict[str, Any]) -> list[str]:
+    """Return the dotted names that can be typed, without a dtype of the quantization where the chosen one has none."""
+    keys = [key for key, _ in fields_of(spec) if not key.startswith("rules.")]  # a list, which is given as a whole
+    is_cast = "quant" not in values or "dtype" in _fields(spec, values, ("quant",))
+    return [key for key in keys if is_cast or key != "quant.dtype"]
 
 
 def _is_optional(spec: type[BaseModel], place: Sequence[Any]) -> bool:

@@ -99,8 +99,8 @@ class UnitTask:
 
     @property
     def work_bytes(self) -> int:
-        """The source bytes to encode, counted once for each share."""
-        return sum(share.unit.source_bytes for share in self.shares.values())
+        """The bytes of the weights to encode, as they are when decoded, counted once for each share."""
+        return sum(tensor.spec.size for share in self.shares.values() for tensor in share.unit.tensors)
 
     def reach(self) -> None:
         reach_source(self.source, self.unit)
@@ -356,7 +356,7 @@ class UnitPass:
     def _encode(self, run: TargetRun, encoders: Mapping[str, TensorEncoder], tensor: LogicalTensor) -> None:
         placements = run.placed(tensor)
         if not placements:  # dropped
-            self._on_bytes(tensor.source_bytes)
+            self._on_bytes(tensor.spec.size)
         for placement in placements:
             sink = run.begin(placement)
             encoder = encoders[run.encoded_on(placement)]

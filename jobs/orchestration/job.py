@@ -34,7 +34,7 @@ from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import facts, open_job_run, track_job
-from jobs.tracking.pages import how_to_open
+from jobs.tracking.pages import how_to_open, registered_lines
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import NoRun, Run
 from jobs.verification.logits import asked, judged, pass_gate
@@ -303,7 +303,7 @@ class Job:
         if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
             address = None if untracked else self.run.address
-            self.outcome = _said(self.planned, self.report, address, untracked)
+            self.outcome = _said(self.planned, self.report, address, self.run.registered, untracked)
         elif self.outcome is not None:
             self._tidy()
 
@@ -367,14 +367,15 @@ def _wait(run: Run) -> str:
     return ""
 
 
-def _said(planned: Planned, report: Report, address: str | None, untracked: str) -> Said:
+def _said(planned: Planned, report: Report, address: str | None, registered: str | None, untracked: str) -> Said:
     output = planned.journal.output
 
     def document() -> dict[str, Any]:
-        return {"status": "done", "already": False, "output": str(output), "tracked": address, **report.to_json()}
+        where = {"output": str(output), "tracked": address, "registered": registered}
+        return {"status": "done", "already": False, **where, **report.to_json()}
 
     lines = [Text(f"output: {output}", style="bold green")]
-    lines += [Text(f"run: {address}")] if address else []
+    lines += [*registered_lines(registered), *([Text(f"run: {address}")] if address else [])]
     if address and not address.startswith("http"):
         lines += [Text(f"its page: {how_to_open(address.partition(' run ')[0])}")]
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []

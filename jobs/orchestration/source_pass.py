@@ -64,8 +64,7 @@ def run_job(spec: JobSpec) -> Said:
     planned = plan_job(spec, again=again)
     if planned.done is not None:
         report = already.settled(planned)
-        already.track(planned, report)
-        return already.said(planned, report)
+        return already.said(planned, report, already.track(planned, report))
     if spec.tracking.kind == "mlflow":
         warm(spec.tracking.uri)
     with engine_check.asking([planned]) as [asked]:

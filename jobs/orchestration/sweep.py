@@ -178,10 +178,11 @@ class Sweep:
         for number, plan in old.items():
             try:
                 report = already.settled(plan)
+                registered = already.register(plan, self._recorder)
             except WeightmillError as error:
                 self.outcomes[number] = error
                 continue
-            self.outcomes[number] = already.said(plan, report)
+            self.outcomes[number] = already.said(plan, report, registered)
             self._reports[number] = report
             tracking, root = plan.spec.tracking, plan.spec.output.local_root
             if tracking.kind == "mlflow":

@@ -9,7 +9,7 @@ from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units, shards
 from jobs.planning.engine_rules import engine_rules, formed_sources
-from jobs.planning.kept_dtype import cast_kept, declared_in, kept_dtype
+from jobs.planning.kept_dtype import kept_dtype
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, for_source, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -24,6 +24,7 @@ from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
+from loaders.rules.kept import cast_kept, declared_in
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
@@ -32,6 +33,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merge_lora import merge_adapter
 from loaders.tensors.quantized_sources.mlx import check_towers, check_whole
 from loaders.tensors.sources import Sources, tensors_of
+from loaders.words import counted, size
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
@@ -104,7 +106,9 @@ def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decod
     dtype = kept_dtype(target, checkpoint, is_decoded=is_decoded)
     checkpoint = declared_in(checkpoint, dtype)
     sources = formed_sources(target, checkpoint, sources)
-    decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
+    decisions = decide(
+        sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources), kept_dtype=dtype
+    )
     decisions = cast_kept(decisions, dtype)
     return Draft(target, checkpoint, decisions, target.layout.place(checkpoint, decisions))
 
@@ -139,7 +143,7 @@ def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tup
         made, lost = made_files(checkpoint)
     if isinstance(layout, DiffusersLayout):
         made = layout.configs(checkpoint, decisions, target.compute_dtype)
-    notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
+    notes = [*_larger_than_asked(target, planned), *lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
     plan = TargetPlan(
         target=target,
         decisions=decisions,
@@ -203,6 +207,20 @@ def _check_shards(target: Target) -> None:
     if isinstance(target.layout, Assembling) or target.layout.file is not None:
         what = "output.split=true writes a GGUF as several files" if target.layout.name == "gguf" else "leave it out"
         raise BadSpec(f"output.max_shard_size: layout {target.layout.name} writes files of its own; {what}")
+
+
+def _larger_than_asked(target: Target, files: Sequence[OutputFile]) -> list[str]:
+    """Return a warning about files of one tensor, which is never cut, that are larger than `max_shard_bytes`."""
+    most = target.max_shard_bytes
+    larger = [] if most is None else [file for file in files if file.data_bytes > most]
+    if most is None or not larger:
+        return []
+    largest = max(larger, key=lambda file: file.data_bytes)
+    name = max(largest.slots, key=lambda slot: slot.size).name
+    return [
+        f"{counted(len(larger), 'file is', 'files are')} larger than output.max_shard_size, up to"
+        f" {size(largest.data_bytes)} ({largest.name}): a tensor, with its scales, is in one file ({name})"
+    ]
 
 
 def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> UnitOutput:

@@ -33,7 +33,7 @@ def warnings(
 ) -> list[str]:
     """Return the warnings about a target's plan, one line each."""
     if isinstance(scheme, Plain):
-        return _grown(decisions)
+        return [*_grown(decisions), *_decoded(checkpoint, scheme, decisions, layout)]
     said = []
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized and layout.name != "gguf":
@@ -140,6 +140,17 @@ def _grown(decisions: Sequence[Decision]) -> list[str]:
         f"the output is larger than the source, {size(after)} instead of {size(before)}:"
         f" {counted(len(grown), 'tensor takes', 'tensors take')} {size(output)}, for which {which} {size(source)}"
         f" ({first.name} first)"
+    ]
+
+
+def _decoded(checkpoint: Checkpoint, scheme: Plain, decisions: Sequence[Decision], layout: Layout) -> list[str]:
+    """Return a note about a quantized GGUF that nobody asked to be decoded."""
+    decoded = [d.tensor for d in decisions if d.tensor.decode is not None]
+    if checkpoint.container != "gguf" or layout.name == "gguf" or scheme.dtype is not None or not decoded:
+        return []
+    return [
+        f"{counted(len(decoded), 'tensor is', 'tensors are')} decoded from what the GGUF stores, and not copied;"
+        " output=gguf copies it as it is"
     ]
 
 

@@ -35,11 +35,12 @@ def result_text(report: Report) -> RenderableType:
     if changed:
         parts.append(
             Text(
-                f"{changed.tensors} tensors changed: relative error {changed.relative_error:.5f}"
+                f"{changed.tensors} tensors changed: relative error of these {changed.relative_error:.5f}"
                 + (f" (SQNR {changed.sqnr_db:.2f} dB)" if changed.sqnr_db is not None else "")
                 + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied unchanged"
             )
         )
+        parts.append(Text(f"relative error over all weights: {number(total.relative_error)}"))
         numbers = ("relative error", "SQNR dB", "max error")
         worst = table("worst tensors", *numbers, right=numbers, names=("worst tensors",))
         rows = worst_of(report.tensors)

@@ -228,11 +228,13 @@ class OutputSpec(Spec):
         description="hf://: where the journal is, a folder or s3://, gs://, az:// with a prefix; null: in your cache",
     )
 
-    @field_validator("max_shard_size")
+    # Before the type: a number without a unit is no text, but what it lacks is the unit.
+    @field_validator("max_shard_size", mode="before")
     @classmethod
-    def _size_is_a_size(cls, size: str | None) -> str | None:
-        if size is not None and (SIZE.fullmatch(size) is None or bytes_of(size) < 1):
-            raise ValueError("expected a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 5GB")
+    def _size_is_a_size(cls, size: object) -> object:
+        is_size = isinstance(size, str) and SIZE.fullmatch(size) is not None and bytes_of(size) >= 1
+        if size is not None and not is_size:
+            raise ValueError("expected a size such as 5GB or 512MiB")
         return size
 
     @property

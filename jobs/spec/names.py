@@ -21,7 +21,8 @@ USUAL = {"hf": "safetensors", "hqq": "pytorch", "mlx": "safetensors", "gguf": "g
 
 # Settings of output that say where it goes and not what it is; a card is not the model.
 PLACE = ("root", "path", "overwrite", "suffix", "named", "private", "branch", "commit_message", "journal")
-OWN_WORDS = (*PLACE, "layout", "container", "split", "card")
+OWN_WORDS = (*PLACE, "layout", "container", "split", "card", "dtype")
+USUAL_DTYPE = "auto"  # of conf/output; OutputSpec's own default is that of reports from before there was the setting
 
 
 def output_name(spec: JobSpec) -> str:
@@ -42,5 +43,6 @@ def _words(spec: JobSpec) -> list[str]:
     words += ["split"] if output.split else []
     forms = {key: field.default for key, field in type(output).model_fields.items() if key not in OWN_WORDS}
     words += [word_of(key, value) for key, default in forms.items() if (value := getattr(output, key)) != default]
+    words += [] if output.dtype == USUAL_DTYPE else [word_of("kept_dtype", output.dtype)]
     words += [f"mtp-{spec.mtp}"] if spec.mtp != "auto" else []
     return words + ([f"rules-{text_digest(json.dumps(rules))[:6]}"] if rules else [])

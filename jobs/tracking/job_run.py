@@ -154,7 +154,7 @@ def _description(spec: JobSpec, output: Address, report: Report) -> str:
     error = total.changed.relative_error if total.changed else 0.0
     return (
         f"**{spec.model_name} to {spec.quant.name}**: {total.bits_per_weight:.3f} bits per weight,"
-        f" {total.ratio:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{output}`\n\n"
+        f" {total.ratio:.2f} times smaller, relative error of what changed {error:.5f}.\n\nOutput: `{output}`\n\n"
         f"All of it on a page: Artifacts, `{OUR_PAGE}`. Error by layer: Model metrics, `layer/relative_error`. Every"
         " tensor: Artifacts, `tensors.json`."
     )

@@ -117,6 +117,10 @@ class BackgroundRun:
     def run_id(self) -> str | None:
         return self._opened.result().run_id if self._opened.exception() is None else None
 
+    @property
+    def registered(self) -> str | None:
+        return self._opened.result().registered if self._opened.exception() is None else None
+
     def metrics(self, values: Mapping[str, float]) -> None:
         self._later("metrics", dict(values))
 
@@ -167,6 +171,7 @@ class MlflowRun:
         self._recorder, self._client, self._experiment = recorder, client, experiment
         found = self._find(opening)
         self.is_finished = found is not None and found.info.status == "FINISHED"
+        self.registered: str | None = None
         self.run_id = self._new(opening) if found is None else str(found.info.run_id)
         self.address = run_page(uri, experiment, self.run_id)
         if self.is_finished:
@@ -266,12 +271,7 @@ class MlflowRun:
         self._client.finalize_logged_model(made.model_id, "READY")
         self._client.log_outputs(self.run_id, [LoggedModelOutput(made.model_id, 0)])
         if register is not None:
-            # It exists if another job has made it.
-            with suppress_existing():
-                self._client.create_registered_model(register)
-            self._client.create_model_version(
-                register, source=address, run_id=self.run_id, tags={**params, **tags}, await_creation_for=0
-            )
+            self.registered = registered(self._client, register, address, self.run_id, {**params, **tags})
 
     def view(self, key: str, state: Mapping[str, Any]) -> None:
         """Keep a view of the experiment's page, as the page's own "Share" does; an address opens it by its key."""
@@ -293,6 +293,28 @@ class suppress_existing(suppress):  # noqa: N801, it is used as `suppress` is
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
         return getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS"
+
+
+def registered(client: Any, model: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> str:
+    """Make an output a version of a registered model, if it is none yet; returns "models:/NAME/VERSION".
+
+    `run_id` is the run that made the output, by which an output is told from an earlier one at the same address.
+    """
+    # It exists if another job has made it.
+    with suppress_existing():
+        client.create_registered_model(model)
+    known = client.search_model_versions(f"name={quoted(model)}")
+    versions = [each for each in known if each.source == address and each.run_id in (run_id, run_id or "")]
+    made = versions[0] if versions else client.create_model_version(
+        model, source=address, run_id=run_id, tags=dict(tags), await_creation_for=0
+    )  # fmt: skip
+    return f"models:/{model}/{made.version}"
+
+
+def quoted(text: str) -> str:
+    """Quote a name for MLflow's filters, which have quotes of both kinds, and no way to write one inside of its own."""
+    mark = '"' if "'" in text else "'"
+    return f"{mark}{text}{mark}"
 
 
 def found_by_key(client: Any, experiment: str, key: str, where: str = "") -> Any | None:

@@ -8,10 +8,14 @@ over size first and then a table of what differs. Which workflow a page is for i
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from rich.text import Text
 
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import SWEEP, TRAINING, default_uri
@@ -19,6 +23,7 @@ from loaders.storage.address import without_secrets
 
 COMPARED = 20  # runs that MLflow's compare page shows side by side; more are listed
 SECTION = "weightmill"
+SERVED_BY = ("flask", "graphene")  # what MLflow's pages are served by, which its client alone does without
 
 
 def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
@@ -45,7 +50,16 @@ def how_to_open(uri: str) -> str:
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and path.is_relative_to(Path.cwd()):
         uri = f"sqlite:///{path.relative_to(Path.cwd())}"
-    return f"mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000"
+    install = "" if all(map(find_spec, SERVED_BY)) else "pip install 'weightmill[ui]', then "
+    return f"{install}mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000"
+
+
+def registered_lines(registered: str | None) -> list[Text]:
+    """Say what an output is in MLflow's registry (models:/NAME/VERSION), and how it is read from there."""
+    if registered is None:
+        return []
+    name, _, version = registered.removeprefix("models:/").rpartition("/")
+    return [Text(f"registered: {name} version {version}; model.path={shlex.quote(registered)}")]
 
 
 def sweep_view(sweep: str, size: str, error: str) -> Mapping[str, Any]:

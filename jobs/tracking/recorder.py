@@ -17,6 +17,7 @@ from jobs.tracking.mlflow_run import (
     experiment_of,
     found_by_key,
     mlflow_client,
+    registered,
     system_monitor,
 )
 from jobs.tracking.sqlite_store import whole_store
@@ -133,6 +134,21 @@ class Recorder:
             for name, number in metrics.items():
                 client.log_metric(found.info.run_id, name, number)
             return str(found.info.run_id)
+
+        return self.pool.submit(call)
+
+    def register(
+        self, spec: TrackingSpec, root: Path, key: str, output: str, facts: Mapping[str, str]
+    ) -> Future[str]:  # fmt: skip
+        """Register the output of the job with a key as `spec.register`; the future's result is models:/NAME/VERSION."""
+        model = spec.register
+        assert model is not None
+
+        def call() -> str:
+            client, _, experiment = self.store(spec, root)
+            found = found_by_key(client, experiment, key)
+            run_id = None if found is None else str(found.info.run_id)
+            return registered(client, model, output, run_id, {**facts, "weightmill.output": output})
 
         return self.pool.submit(call)
 

@@ -26,6 +26,11 @@ class Run(Protocol):
     @property
     def run_id(self) -> str | None: ...
 
+    @property
+    def registered(self) -> str | None:
+        """The version of a model that the output is in MLflow's registry: models:/NAME/VERSION."""
+        ...
+
     def count(self, size: int) -> None:
         """Count bytes that were worked on, which MLflow shows while the work goes on."""
         ...
@@ -81,6 +86,7 @@ class NoRun:
     is_tracked = False
     address = None
     run_id = None
+    registered = None
 
     def count(self, size: int) -> None: ...
 

@@ -38,6 +38,7 @@ DESCRIPTION, DESCRIPTION_LIMIT = "MLmodel", 1 << 20  # the file beside a model o
 FOLDERS = ("", "model", "data/model", "components/model")
 FORMS = "models:/NAME/VERSION, models:/NAME/latest, models:/NAME@ALIAS or runs:/RUN/PATH"
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of MLflow's errors about what is not there
+OTHER = "tracking.uri=, or MLFLOW_TRACKING_URI in the environment, names another store to look in"
 STEPS = 4  # an alias leads to a version, that to a logged model or a run, and that to a store
 
 
@@ -124,7 +125,7 @@ class Lookup:
         if len(parts) == 1 and ID.fullmatch(parts[0]):
             logged = self._asked(self._client.get_logged_model, parts[0])
             if logged is None:
-                raise BadSpec(f"{self.key}: no logged model {parts[0]} in {self._shown}")
+                raise BadSpec(f"{self.key}: no logged model {parts[0]} in {self._shown}; {OTHER}")
             return str(logged.artifact_location)
         name, at, alias = parts[0].partition("@")
         if len(parts) > 2 or (len(parts) == 2) == bool(at):
@@ -136,12 +137,12 @@ class Lookup:
 
     def _version(self, name: str, wanted: str, *, is_alias: bool) -> str:
         """Return the number of a model's version, which is given as such, as `latest`, or by an alias."""
+        from jobs.tracking.mlflow_run import quoted  # which need not be loaded for what lies elsewhere
+
         model = self._asked(self._client.get_registered_model, name)
         if model is None:
-            raise BadSpec(f"{self.key}: no model {name!r} is registered in {self._shown}")
-        # MLflow's filters have quotes of both kinds, and no way to write one inside of its own.
-        mark = '"' if "'" in name else "'"
-        found = self._asked(self._client.search_model_versions, f"name={mark}{name}{mark}") or ()
+            raise BadSpec(f"{self.key}: no model {name!r} is registered in {self._shown}; {OTHER}")
+        found = self._asked(self._client.search_model_versions, f"name={quoted(name)}") or ()
         versions = sorted(int(each.version) for each in found)
         if versions and wanted == "latest" and not is_alias:
             return str(versions[-1])
@@ -159,7 +160,7 @@ class Lookup:
         """Return what a run's artifacts at a path are stored at; since MLflow 3, models lie apart from the others."""
         run = self._asked(self._client.get_run, parts[0])
         if run is None:
-            raise BadSpec(f"{self.key}: no run {parts[0]} in {self._shown}")
+            raise BadSpec(f"{self.key}: no run {parts[0]} in {self._shown}; {OTHER}")
         path = "/".join(parts[1:])
         for each in getattr(run.outputs, "model_outputs", None) or []:
             model = self._asked(self._client.get_logged_model, each.model_id)

@@ -30,6 +30,7 @@ from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import digest, text_digest
 from loaders.storage.json_files import json_bytes, json_object
 from loaders.storage.local import free_bytes
+from loaders.words import listed
 
 # These modules import torch, which takes seconds.
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, 
 
     if missing := [name for name in ("torch", "transformers", "accelerate") if util.find_spec(name) is None]:
         raise BadSpec(
-            f"verify={spec.kind}: the original runs in transformers, and {', '.join(missing)} is not installed here:"
-            " pip install 'weightmill[models]'"
+            f"verify={spec.kind}: the original runs in transformers, and"
+            f" {listed(missing, 'is', 'are')} not installed here: pip install 'weightmill[models]'"
         )
     from loaders.models.evaluating import Reference
     from loaders.models.heads import width_of

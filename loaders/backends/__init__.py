@@ -39,7 +39,7 @@ def kernels_of(backend: str) -> Kernels:
     try:
         from loaders.quantization.kernels.torch_device import DeviceKernels
     except ImportError as error:
-        raise BadSpec(f"backend={backend}: it needs torch ({error}): pip install torch") from error
+        raise BadSpec(f"backend={backend}: it needs torch ({error}): pip install 'weightmill[models]'") from error
     return DeviceKernels(backend)
 
 

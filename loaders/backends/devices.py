@@ -133,7 +133,7 @@ def torch_device(device: str) -> tuple[Any, Any]:
     try:
         import torch
     except ImportError as error:
-        raise BadSpec(f"backend={device}: it needs torch ({error}): pip install torch") from error
+        raise BadSpec(f"backend={device}: it needs torch ({error}): pip install 'weightmill[models]'") from error
     kind, _, index = device.partition(":")
     is_there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: not index,

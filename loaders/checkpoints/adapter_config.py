@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import check_patterns
 from loaders.patterns import Pattern, compiled
 
 CONFIG = "adapter_config.json"
@@ -68,6 +69,7 @@ class Patterns:
     def __init__(self, key: str, given: Mapping[str, Any]) -> None:
         self._plain: dict[str, tuple[int, float]] = {}
         self._patterns: list[tuple[int, Pattern, float]] = []
+        check_patterns(sum(PLAIN.fullmatch(pattern) is None for pattern in given), f"{CONFIG}: {key}")
         for index, (pattern, value) in enumerate(given.items()):
             number = _number(f"{key}[{pattern!r}]", value)
             if PLAIN.fullmatch(pattern):

@@ -29,6 +29,9 @@ VARIANT_INDEX = re.compile(r"\.index\.\w+\.json$")  # the index of a variant, as
 # repository, which is with a download from the Hub, and of which it has its own.
 NOT_AUX = (OUR_REPORT, OUR_PAGE, packed.MANIFEST, packed.EXPERT_LAYOUT, ".gitattributes", ".gitignore")
 
+# An adapter's weights are never copied; its config alone would have peft look for them wherever the output is loaded.
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def is_weights(name: str) -> bool:
     """Whether a file holds weights or an index of weights, by its name; such files are never copied to an output."""
@@ -38,8 +41,8 @@ def is_weights(name: str) -> bool:
 
 def find_aux(everything: Iterable[Entry]) -> tuple[str, ...]:
     """Return the auxiliary files among all files of a folder and its sub-folders, by their paths from the root."""
-    names = (entry.name for entry in everything)
-    return tuple(n for n in names if not is_weights(n) and n not in NOT_AUX and n.rpartition("/")[2] != ".DS_Store")
+    names = (entry.name for entry in everything if entry.name.rpartition("/")[2] not in (".DS_Store", ADAPTER_CONFIG))
+    return tuple(name for name in names if not is_weights(name) and name not in NOT_AUX)
 
 
 def check_links(store: Store, everything: Iterable[Entry]) -> list[str]:
@@ -66,5 +69,11 @@ def check_links(store: Store, everything: Iterable[Entry]) -> list[str]:
 def aux_notes(everything: Iterable[Entry]) -> list[str]:
     """Say what is not carried over although it may be a stranger's own."""
     names = {entry.name for entry in everything}
-    is_theirs = OUR_PAGE in names and OUR_REPORT not in names
-    return [f"{OUR_PAGE} is not carried over: an output has a page of its own by that name"] if is_theirs else []
+    notes = [
+        f"{name} is not carried over: no adapter's weights are, and nothing could be loaded by it alone"
+        for name in sorted(names)
+        if name.rpartition("/")[2] == ADAPTER_CONFIG
+    ][:1]
+    if OUR_PAGE in names and OUR_REPORT not in names:
+        notes.append(f"{OUR_PAGE} is not carried over: an output has a page of its own by that name")
+    return notes

@@ -11,7 +11,7 @@ from contextlib import suppress
 from fnmatch import translate
 
 from loaders.errors import BadCheckpoint
-from loaders.limits import shown
+from loaders.limits import check_patterns, shown
 from loaders.patterns import Pattern, compiled
 
 # What makes a pattern slow for engines, which match with Python's own `re`.
@@ -65,6 +65,7 @@ class Named:
 
     def __init__(self, entries: Iterable[str], place: str) -> None:
         self.entries, self.place = tuple(entries), place
+        check_patterns(sum(e.startswith("re:") or "*" in e[:-1] for e in self.entries), place)
         self._names, starts, patterns = set[str](), list[str](), list[Pattern]()
         for entry in self.entries:
             if entry.startswith("re:"):
@@ -111,7 +112,7 @@ def _could_mean(entry: str, text: str, names: Iterable[str], place: str) -> bool
     if "*" not in entry and not entry.startswith("re:"):
         return False
     patterns = []
-    for pattern in (entry.removeprefix("re:"), translate(entry)):
+    for pattern in (entry.removeprefix("re:"),) if entry.startswith("re:") else (entry, translate(entry)):
         with suppress(BadCheckpoint):  # a glob may be no regular expression
             patterns.append(compiled(pattern, place))
     return any(pattern.search(name) for name in names for pattern in patterns)

@@ -25,6 +25,7 @@ from loaders.presets.catalog import preset
 from loaders.presets.settings import Quant
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.kept import cast_kept, declared_in, usual_dtype
 from loaders.specs import TensorSpec
 from loaders.storage import local
 from loaders.strategies.auto import choose
@@ -254,16 +255,18 @@ def planned_bytes(
         BadSpec: the preset cannot take this checkpoint.
     """
     scheme = quant.scheme
-    is_copy = scheme == Plain()
-    family = checkpoint.family
-    how, known = (not is_copy, not wants_stacks(scheme.engine, family)), {} if known is None else known
+    family, layout = checkpoint.family, LAYOUTS[BY_ENGINE[scheme.engine]]
+    # As jobs do: a GGUF is decoded for all layouts but its own, and another source for all schemes but none.
+    decode = layout.name != "gguf" if checkpoint.container == "gguf" else scheme != Plain()
+    how, known = (decode, not wants_stacks(scheme.engine, family)), {} if known is None else known
     if how not in known:
         known[how] = tensors_of(checkpoint, decode=how[0], split=how[1])
     sources = known[how]
-    layout = LAYOUTS[BY_ENGINE[scheme.engine]]
     tensors = layout.formed(checkpoint, sources.tensors) if isinstance(layout, Forming) else sources.tensors
-    decisions = decide(tensors, scheme, (), layout_rules(layout, checkpoint, tensors, scheme, quant.mix))
-    placed = layout.place(checkpoint, decisions)
+    rules = layout_rules(layout, checkpoint, tensors, scheme, quant.mix)
+    dtype = usual_dtype(checkpoint, scheme, is_decoded=decode)
+    decisions = cast_kept(decide(tensors, scheme, (), rules, kept_dtype=dtype), dtype)
+    placed = layout.place(declared_in(checkpoint, dtype), decisions)
     size = sum(tensor.spec.size for each in placed for tensor in each.stored.values())
     return size, sources.parameters
 
@@ -312,6 +315,9 @@ def _tokens_that_fit(
 def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int, tokens: int) -> str:
     """Say what was chosen, or what is lacking; `tokens` are the most that would fit, or 0."""
     if chosen is not None:
+        bits = {each.preset: each.bits_per_weight or 0.0 for each in candidates if each.fits}
+        if max(bits.values()) > bits[chosen]:
+            return f"scheme {chosen}: as the source stores it, which fits; more bits per weight bring nothing back"
         return f"scheme {chosen}: the most bits per weight that fit"
     known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]
     if not known:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loaders.errors import BadSpec
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 
 __all__ = [
@@ -20,10 +21,26 @@ __all__ = [
     "open_weights",
     "skeleton_of",
 ]
+NEEDED = ("torch", "transformers", "accelerate")
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers when the first model is asked for."""
+    """Import torch and transformers when the first model is asked for.
+
+    Raises:
+        BadSpec: one of them is not installed.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _imported(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        raise BadSpec(f"loaders.models: {name} needs {error.name}: pip install 'weightmill[models]'") from None
+
+
+def _imported(name: str) -> Any:
     if name == "load_model_and_tokenizer":
         from loaders.models.loading import load_model_and_tokenizer
 
@@ -32,8 +49,6 @@ def __getattr__(name: str) -> Any:
         from loaders.models import evaluating
 
         return getattr(evaluating, name)
-    if name in ("open_weights", "skeleton_of"):
-        from loaders.models import skeleton
+    from loaders.models import skeleton
 
-        return getattr(skeleton, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(skeleton, name)

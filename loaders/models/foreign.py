@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, BadSpec
 
 OURS: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-CONFIGS = ("config.json", "generation_config.json")
+# By "configuration_files", a config.json has transformers read another, such as config.5.0.0.json.
+CONFIGS = ("config*.json", "generation_config.json")
 LONGEST = 16 << 20  # bytes of a file of CONFIGS: more is refused where checkpoints are opened
 # Settings of a config that may name code of the Hub; transformers writes some of them with a word before or after.
 KERNELS = ("attn_implementation", "experts_implementation")
@@ -97,41 +98,85 @@ def hqq_model_from(folder: Path, dtype: Any, device: str) -> Any:
 def no_code(folder: Path | str | None = None) -> Iterator[None]:
     """Within the block, libraries refuse a checkpoint's code wherever they would ask; one thread at a time.
 
+    Nor do they find the adapter_config.json of an adapter that is beside a model.
+
     Raises:
         BadCheckpoint: a config in `folder` names code of the Hub.
+        BadSpec: a config asks for FlashAttention, which is not installed.
     """
-    for name in CONFIGS if folder is not None else ():
-        path = Path(str(folder)) / name
+    for path in sorted(each for name in CONFIGS for each in Path(str(folder)).glob(name)) if folder is not None else ():
         if path.is_file() and path.stat().st_size <= LONGEST:
             # What is no JSON, the library refuses in its own words.
             try:
-                check_config(json.loads(path.read_bytes()), str(path))
+                found = json.loads(path.read_bytes())
             except (ValueError, RecursionError):
                 continue
-    asking: Any = import_module("transformers.dynamic_module_utils")
-    with _lock:
-        before = asking.TIME_OUT_REMOTE_CODE  # seconds that transformers waits for an answer; with 0, it does not ask
-        asking.TIME_OUT_REMOTE_CODE = 0
+            check_config(found, str(path))
+    with _lock, ExitStack() as changes:
+        for module, name, value in CHANGES:
+            changes.enter_context(_changed(import_module(module), name, value))
         try:
             yield
-        finally:
-            asking.TIME_OUT_REMOTE_CODE = before
+        except ImportError as error:
+            if "flash" not in str(error).lower():
+                raise
+            where = "config.json" if folder is None else folder
+            raise BadSpec(
+                f"{where}: attn_implementation asks for FlashAttention, which is not installed here, or not for this"
+                " device; remove it from config.json"
+            ) from error
+
+
+@contextmanager
+def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block, a module's variable has another value, if it has that variable at all."""
+    if not hasattr(module, name):
+        yield
+        return
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def check_config(config: Any, where: str = "config.json") -> None:
-    """Check that a config names no code of the Hub.
+    """Check that a config names no code of the Hub, at any depth.
 
     Raises:
         BadCheckpoint: it does.
     """
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            names = value.values() if isinstance(value, Mapping) else (value,)
-            is_kernel = any(each in str(key) for each in KERNELS)
-            if is_kernel and any(isinstance(name, str) and "/" in name for name in names):
-                said = next(name for name in names if isinstance(name, str) and "/" in name)
-                raise BadCheckpoint(f"{where}: {key} is {said!r:.80}, code of the Hub, which is never run; remove it")
-            check_config(value, where)
-    elif isinstance(config, list):
-        for each in config:
-            check_config(each, where)
+    # Not by calls of itself: a config may nest deeper than Python calls.
+    left: list[tuple[Any, str | None]] = [(config, None)]  # values, and the setting of a kernel that each is of
+    while left:
+        value, kernel = left.pop()
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                is_kernel = kernel is None and any(each in str(key) for each in KERNELS)
+                left.append((inner, str(key) if is_kernel else kernel))
+        elif isinstance(value, list | tuple):
+            left += [(inner, kernel) for inner in value]
+        elif kernel is not None and isinstance(value, str) and "/" in value:
+            raise BadCheckpoint(
+                f"{where}: {kernel:.80} is {value!r:.80}, code of the Hub, which is never run; remove it"
+            )
+
+
+def _no_adapter(*given: Any, **options: Any) -> None:
+    """Stand for transformers' find_adapter_config_file, where there is none to be found."""
+
+
+def _none_here() -> bool:
+    """Stand for transformers' is_kernels_available: without it, code of the Hub replaces what is not installed."""
+    return False
+
+
+# What differs in transformers within `no_code`. The time is the seconds for which it waits for an answer whether code
+# may run: with 0, it does not ask.
+CHANGES: tuple[tuple[str, str, Any], ...] = (
+    ("transformers.dynamic_module_utils", "TIME_OUT_REMOTE_CODE", 0),
+    ("transformers.modeling_utils", "is_kernels_available", _none_here),
+    ("transformers.models.auto.auto_factory", "find_adapter_config_file", _no_adapter),
+    ("transformers.integrations.peft", "find_adapter_config_file", _no_adapter),
+)

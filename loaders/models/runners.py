@@ -29,6 +29,7 @@ from loaders.models.engine_runners import Runner, Running, llama_cpp_runner, mlx
 from loaders.models.foreign import hqq_model_from, model_from
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
+from loaders.words import listed
 
 METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
 INSTALLED_BY = {
@@ -132,8 +133,8 @@ def check_engine(engine: Engine, device: str, what: str) -> None:
     if engine.missing:
         wanted = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in engine.missing))
         raise BadSpec(
-            f"{setting('evaluate')}: {what} runs in {engine.name}, and {', '.join(engine.missing)} is not installed"
-            f" here: pip install {wanted}"
+            f"{setting('evaluate')}: {what} runs in {engine.name}, and"
+            f" {listed(engine.missing, 'is', 'are')} not installed here: pip install {wanted}"
         )
     found = device_of(engine, "auto") if device not in ("auto", "cpu") else device
     if found != device:

@@ -48,6 +48,8 @@ def word_of(key: str, value: Any) -> str:
     """Return the word for one setting: "g128" for a group_size of 128."""
     if key in WORDS and value:
         return WORDS[key](value)
+    if key.endswith("_dtype") and value:
+        return f"{key.removesuffix('_dtype')}_{DTYPE_WORDS.get(value, value)}"
     if isinstance(value, bool) or value is None:
         return SHORT.get(key, key) if value else f"no-{SHORT.get(key, key)}"
     text = DTYPE_WORDS.get(value, value) if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from loaders.dtypes import Shape
+from loaders.dtypes import DType, Shape
 from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
@@ -18,9 +18,16 @@ from loaders.words import counted
 
 
 def decide(
-    tensors: Sequence[LogicalTensor], scheme: Scheme, own: Sequence[Rule], engine: Sequence[Rule] | None = None
+    tensors: Sequence[LogicalTensor],
+    scheme: Scheme,
+    own: Sequence[Rule],
+    engine: Sequence[Rule] | None = None,
+    *,
+    kept_dtype: DType | None = None,
 ) -> tuple[Decision, ...]:
     """Decide about every tensor. `own` are the user's rules; `engine` follow them, by default those of the scheme.
+
+    To `kept_dtype` kept floats are cast afterwards, which refusals count where they tell sizes.
 
     Raises:
         BadSpec: a rule of the user's matches nothing, or asks for what a scheme cannot do; all such faults at once.
@@ -38,7 +45,8 @@ def decide(
         if refusal is not None:
             refused[tensor.name] = refusal
     kept = kept_ragged(decisions, refused) if refused else {}
-    problems = _problems([d for d in decisions if d.tensor.name in refused.keys() - kept.keys()], refused, decisions)
+    left = [d for d in decisions if d.tensor.name in refused.keys() - kept.keys()]
+    problems = _problems(left, refused, decisions, kept_dtype)
     problems += [_unused(rule, tensors) for index, rule in enumerate(own) if index not in used]
     if problems:
         raise BadSpec(problems)
@@ -92,14 +100,17 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
     return decision, chosen.refuses(tensor.spec)
 
 
-def _problems(mine: Sequence[Decision], refused: Mapping[str, str], decisions: Sequence[Decision]) -> list[str]:
+def _problems(
+    mine: Sequence[Decision], refused: Mapping[str, str], decisions: Sequence[Decision], kept_dtype: DType | None
+) -> list[str]:
     """Return a line for each cause of refusals."""
     causes: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in mine:
         place, cause = decision.rule.label or setting("quantize"), cause_of(decision, refused[decision.tensor.name])
         causes.setdefault((place, decision.action, cause), []).append(decision)
     return [
-        refusal_line(place, refused[found[0].tensor.name], found, decisions) for (place, _, _), found in causes.items()
+        refusal_line(place, refused[found[0].tensor.name], found, decisions, kept_dtype)
+        for (place, _, _), found in causes.items()
     ]
 
 

@@ -92,7 +92,7 @@ def default_rules(scheme: Scheme, family: Family | None = None) -> tuple[Rule, .
     """Return the engine's own rules for a scheme, and for a family's models where the engine treats them apart."""
     if isinstance(scheme, Plain):
         if scheme.dtype is None:
-            return (Rule(action="keep", why="copied as it is"),)
+            return (Rule(action="keep", why=f"{setting('quantize')}=none quantizes nothing"),)
         return (
             Rule(
                 action="keep",

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from loaders.dtypes import DType
 from loaders.errors import setting
 from loaders.quantization.scheme import Grouped, LeavesRagged
 from loaders.quantization.schemes.plain import Plain
+from loaders.rules.kept import cast_kept
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -68,10 +70,12 @@ def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
     ]
 
 
-def refusal_line(place: str, why: str, refused: Sequence[Decision], decisions: Sequence[Decision]) -> str:
+def refusal_line(
+    place: str, why: str, refused: Sequence[Decision], decisions: Sequence[Decision], kept_dtype: DType | None = None
+) -> str:
     """Return one line about all tensors that are refused for one reason, with what can be done about them.
 
-    `decisions` are those about all tensors of the model.
+    `decisions` are those about all tensors of the model. Kept floats are cast to `kept_dtype`.
     """
     tensors, action, is_ragged = [d.tensor for d in refused], refused[0].action, _is_ragged(refused[0])
     what = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors ({tensors[0].name} first)"
@@ -83,7 +87,7 @@ def refusal_line(place: str, why: str, refused: Sequence[Decision], decisions: S
         said += _other_groups(refused[0], decisions)
     if is_ragged or len(tensors) > 1:
         said += f"; to keep {'it' if len(tensors) == 1 else 'them'}: rules='[{{action: keep, {_condition(tensors)}}}]'"
-    return said + (_cost(decisions) if is_ragged else "")
+    return said + (_cost(decisions, kept_dtype) if is_ragged else "")
 
 
 def _other_groups(refused: Decision, decisions: Sequence[Decision]) -> str:
@@ -101,19 +105,22 @@ def _other_groups(refused: Decision, decisions: Sequence[Decision]) -> str:
     return f"; {key}={best} fits {whole}"
 
 
-def _cost(decisions: Sequence[Decision]) -> str:
+def _cost(decisions: Sequence[Decision], kept_dtype: DType | None) -> str:
     """Say how much of the model stays plain, and how large the output is, if all ragged rows are kept."""
     wanted = [d for d in decisions if d.action == "quantize"]
     ragged = {d.tensor.name for d in wanted if _is_ragged(d)}
     share = _share([d for d in wanted if d.tensor.name in ragged], wanted)
-    encodings = [
-        _plain(d) if d.scheme is not None and d.scheme.refuses(d.tensor.spec) else d.encoding for d in decisions
+    rule = Rule(action="keep", why=RAGGED)
+    left = [
+        replace(d, rule=rule, encoding=_plain(d)) if d.scheme is not None and d.scheme.refuses(d.tensor.spec) else d
+        for d in decisions
     ]
+    encodings = [d.encoding for d in cast_kept(left, kept_dtype)]
     after = sum(part.size for each in encodings if each is not None for part in each.stored.values())
     before = sum(d.tensor.source_bytes for d in decisions)
     # A few ragged rows are kept without a rule; here they are too many, or a rule of the user's wants them quantized.
     return (
-        f" (then {share:.0%} of the weights to be quantized stay plain; the output has {size(after)}, the source"
+        f" (then {share:.0%} of the weights to be quantized stay plain; the output has about {size(after)}, the source"
         f" {size(before)})"
     )
 

@@ -267,7 +267,7 @@ def test_what_is_no_address(check: Callable[..., None], tmp_path: Path, bucket: 
     check("run", f"model.path={model}", out, f"tracking.uri=[http://{TRACKER}@host", status=2)
     check("run", f"model.path=ftp://{READER}@host/model?sig={SIGNATURE}", out, status=2)
     check("run", f"model.path={url('host:port', 'model')}", out, SHORT, status=None)
-    check("run", f"http://{TRACKER}@host", status=2)
+    check("run", f"http://{TRACKER}@host", SHORT, status=None)
     check("run", f"modle.path={url('host', 'model')}", status=2)
     check("run", f"model.path={model}", f"output.path=s3://{READER}@bucket/out?{SIGNATURE}", SHORT, status=None)
     check("run", f"model.path={model}", out, f"store.endpoint=http://{READER}@host", status=2)

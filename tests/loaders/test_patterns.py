@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loaders.checkpoints.adapter_config import Patterns
+from loaders.checkpoints.name_patterns import Named
 from loaders.errors import BadCheckpoint
-from loaders.limits import PATTERN
+from loaders.limits import PATTERN, PATTERNS
 from loaders.patterns import Pattern, compiled
+from loaders.tensors.quantized_sources.auto_round import _Extra
+from loaders.tensors.quantized_sources.awq_gptq import Dynamic
+from loaders.tensors.quantized_sources.compressed_tensors import _Groups
 
 pytestmark = pytest.mark.quick
 
@@ -68,3 +75,25 @@ def test_a_long_pattern_is_refused() -> None:
 def test_what_python_does_not_take_is_refused(pattern: str) -> None:
     with pytest.raises(BadCheckpoint, match="here: .* is no regular expression"):
         compiled(pattern, "here")
+
+
+TOO_MANY: dict[str, Any] = {f"(a|b)*{number}.*": {} for number in range(PATTERNS + 1)}
+LISTS: dict[str, Callable[[], object]] = {
+    "names": lambda: Named([f"re:{each}" for each in TOO_MANY], "a list"),
+    "globs": lambda: Named([f"a*{each}" for each in TOO_MANY], "a list"),
+    "GPTQ": lambda: Dynamic({"dynamic": TOO_MANY}),
+    "AutoRound": lambda: _Extra({"extra_config": {each: {"bits": 4} for each in TOO_MANY}}, {}),
+    "compressed-tensors": lambda: _Groups({"config_groups": {"a": {"targets": [f"re:{each}" for each in TOO_MANY]}}}),
+    "peft": lambda: Patterns("rank_pattern", dict.fromkeys(TOO_MANY, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_too_many_patterns_is_refused(kind: str) -> None:
+    """Each would meet every name; the ways by which a config lists them are those of the tools that write it."""
+    with pytest.raises(BadCheckpoint, match=f"{PATTERNS + 1} patterns, at most {PATTERNS} are read"):
+        LISTS[kind]()
+
+
+def test_lists_of_plain_names_may_be_longer() -> None:
+    assert "a.7" in Named([f"a.{number}" for number in range(PATTERNS + 1)], "a list")

@@ -236,13 +236,18 @@ def _type_for(decision: Decision, name: GgufName, architecture: Architecture) ->
     return scheme, decision.action
 
 
+# The file type that llama.cpp guesses where most tensors are of a type that several file types have.
+GUESSED = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+
 def _label(files: Sequence[OutputFile]) -> str:
-    """Return the type in which most bytes are stored, for the file's name where a job does not give a label."""
+    """Return the file type of the type in which most bytes are stored, where a job does not give a label."""
     counts = Counter[str]()
     for file in files:
         for slot in file.slots:
-            if slot.dtype.name in FILE_TYPES:
-                counts[slot.dtype.name] += slot.size
+            label = GUESSED.get(slot.dtype.name, slot.dtype.name)
+            if label in FILE_TYPES:
+                counts[label] += slot.size
     return counts.most_common(1)[0][0] if counts else "F32"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
+from loaders.limits import check_patterns
 from loaders.patterns import compiled
 from loaders.quantization.read_only.awq_gptq import Awq, Gptq
 from loaders.specs import TensorSpec, WeightSpec
@@ -86,6 +87,7 @@ class Dynamic:
         entries = settings.get("dynamic") or {}
         if not isinstance(entries, Mapping):
             raise BadCheckpoint(f"GPTQ's dynamic settings: expected patterns with settings, found {entries!r:.80}")
+        check_patterns(len(entries), "GPTQ's dynamic settings")
         self._entries = [
             (
                 key,

@@ -15,6 +15,7 @@ from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
+from loaders.limits import check_patterns
 from loaders.patterns import Pattern, compiled
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -110,6 +111,7 @@ class _Groups:
                 raise BadCheckpoint(f"config.json: {name} of config_groups has no list of targets; fetch it again")
             for target in group["targets"]:
                 self._add(str(target), group)
+                check_patterns(len(self._patterns), "config.json's targets")
 
     def _add(self, target: str, group: Mapping[str, Any]) -> None:
         if target.startswith("re:"):

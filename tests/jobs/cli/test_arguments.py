@@ -87,7 +87,7 @@ def test_a_setting_is_one_even_if_a_folder_has_its_name(weightmill: Any) -> None
 def test_a_name_alone_is_no_path_of_a_job(weightmill: Any) -> None:
     ran = weightmill("run", "quat")
     assert ran.status == 2
-    assert "quat: expected key=value; is it 'quant'?" in ran.err
+    assert "quat: expected key=value; is it 'quant=...'?" in ran.err
     assert RUN.positional == ("model.path",)
 
 

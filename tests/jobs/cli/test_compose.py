@@ -85,8 +85,8 @@ def test_all_faults_are_told_at_once_with_their_place() -> None:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("quant.blocksize=64", "did you mean 'group_size'?"),
-        ("quant.group_sice=64", "did you mean 'group_size'?"),
+        ("quant.blocksize=64", "did you mean 'quant.group_size'?"),
+        ("quant.group_sice=64", "did you mean 'quant.group_size'?"),
         ("quant.group_size=48", "quant.group_size: expected one of 32, 64"),
         ("quant.group_size=64.0", "quant.group_size: expected a whole number; give quant.group_size=64"),
         ("quant.storage_dtype=int8", "quant.storage_dtype: expected one of uint8"),

@@ -94,7 +94,7 @@ def test_a_setting_has_a_page_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
         "verify.tokens": "default: 8192",
         "rules": "each of rules: action",
         "clean": "usage: python -m jobs.clean",
-        "dry_run": "default: false",
+        "delete": "default: false",
     }
     for word, wanted in said.items():
         assert main(["help", word]) == 0, word

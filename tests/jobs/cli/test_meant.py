@@ -34,6 +34,11 @@ def problems_of(line: str, verb: str = "run") -> str:
 
 
 @pytest.mark.quick
+def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
+    assert "write quant=nf4,hqq4" in problems_of("-m quant=[nf4,hqq4]")
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -47,7 +52,13 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("quant=IQ4_XS", "needs calibration data"),
         ("quant=exl2", "neither read nor written"),
         ("quant=int4", "nf4 (transformers), w4a16 (vLLM)"),
-        ("quant=bfloat16", "none with dtype=bfloat16"),
+        ("quant=bfloat16", "it is a cast: quant=none quant.dtype=bfloat16"),
+        ("quant=bf16", "quant=none quant.dtype=bfloat16"),
+        ("output=safetensors", "; give output.container=safetensors, or output=hf"),
+        ("output=zzz", "a folder is given by output.path=zzz"),
+        ("dtype=bfloat16", "did you mean 'output.dtype'?"),
+        ("quant=none dtype=bfloat16", "did you mean 'quant.dtype'?"),
+        ("output.shard_size=1", "did you mean 'output.max_shard_size'?"),
         ("quant=bitsandbytes", "did you mean 'nf4'?"),
         ("quant=FP8_DYNAMIC", "did you mean 'fp8_dynamic'?"),
         ("quant=nvfp4", "did you mean 'nvfp4a16'?"),
@@ -74,20 +85,20 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("transform=./adapter", "give transform.path=./adapter"),
         # keys
         ("group_size=64", "did you mean 'quant.group_size'?"),
-        ("torch_dtype=float16", "did you mean 'quant.dtype'?"),
+        ("torch_dtype=float16", "did you mean 'output.dtype'?"),
         ("model_path=x", "did you mean 'model.path'?"),
         ("output_dir=x", "did you mean 'output.path'?"),
         ("quantization=nf4", "did you mean 'quant'?"),
         ("trust_remote_code=true", "code in a checkpoint is never run"),
         ("quant.wbits=4", "quant.wbits: unknown key"),
         ("quant.bits=4", "it belongs to quant=hqq2|hqq3|hqq4|hqq8|mlx_int4"),
-        ("quant.blocksize=64", "did you mean 'group_size'?"),
-        ("quant.compress_statistics=true", "did you mean 'double_quant'?"),
+        ("quant.blocksize=64", "did you mean 'quant.group_size'?"),
+        ("quant.compress_statistics=true", "did you mean 'quant.double_quant'?"),
         ("strategy.memory_budget_mb=64", "it belongs to strategy=remote|streaming"),
-        ("verify.tokens=64", "it belongs to verify=logits"),
-        ("output.pth=x", "did you mean 'path'?"),
-        ("tracking.url=x", "did you mean 'uri'?"),
-        ("cluster.num_workers=4", "did you mean 'threads'?"),
+        ("verify.tokens=64", "it belongs to verify=logits|embeddings"),
+        ("output.pth=x", "did you mean 'output.path'?"),
+        ("tracking.url=x", "did you mean 'tracking.uri'?"),
+        ("cluster.num_workers=4", "did you mean 'cluster.threads'?"),
         ("model.token=x", "set HF_TOKEN in the environment"),
         ("quant.kind=nf4", "quant=NAME chooses one"),
         ("~quant.kind", "quant=NAME chooses one"),
@@ -113,6 +124,8 @@ def problems_of(line: str, verb: str = "run") -> str:
         ("objective=kl", "objective: expected a list, such as 'objective=[error/relative]'"),
         ("model.revision=12e4567", "quote it twice"),
         ("model.name=5", "quote it twice"),
+        ("output.max_shard_size=10", "output.max_shard_size: expected a size such as 5GB or 512MiB; found 10"),
+        ("output.max_shard_size=10M", 'output.max_shard_size: expected a size such as 5GB or 512MiB; found "10M"'),
         ("rules=keep", "expected a list, such as 'rules=[{action: keep"),
         ("'rules=[keep]'", "rules[0]: expected"),
         ("'rules=[{action: skip, name: x}]'", "did you mean 'keep'?"),
@@ -223,10 +236,10 @@ def test_a_verb_of_another_tool_says_what_it_is_here(word: str, said: str, capsy
 @pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
-        ("clean", ["--dry-run"], "give dry_run=true"),
+        ("clean", ["--dry-run"], "without delete=true nothing is deleted"),
         ("compare", ["swep=all"], "did you mean 'sweep'?"),
         ("inspect", ["tensors=ALL"], "did you mean 'all'?"),
-        ("recommend", ["backend.memory=24"], "did you mean 'memory_gb'?"),
+        ("recommend", ["backend.memory=24"], "did you mean 'backend.memory_gb'?"),
         ("bench", ["kernel"], "did you mean 'kernels'?"),
         ("verify", ["out", "verify=ppl"], "did you mean 'logits'?"),
         ("lint", ["--path", "out"], "give output.path="),
@@ -247,7 +260,7 @@ FILES = {
     "experiment/e4": ("# @package _global_\nquant: nf4", "chooses by `defaults: [override /quant: nf4]`"),
     "experiment/e5": ("# @package _global_\nquant: [", "cannot be read"),
     "experiment/e6": ("- quant", "expected settings (key: value), found a list"),
-    "experiment/e7": ("# @package _global_\nquant: {groupsize: 64}", "did you mean 'group_size'?"),
+    "experiment/e7": ("# @package _global_\nquant: {groupsize: 64}", "did you mean 'quant.group_size'?"),
     "experiment/e8": ("# @package _global_\nmodel_path: /x", "did you mean 'model.path'?"),
     "experiment/e9": ("# @package _global_\ndefaults: quant", "defaults: expected a list"),
     "quant/q1": ("kind: bnb\nname: mine", "quant.kind: expected a kind of none, bnb4"),

@@ -293,7 +293,7 @@ def test_a_sweeper_gets_the_objective_of_each_job(source: Path, tmp_path: Path) 
         assert honest(tried_again, True) == found
         return found
 
-    from jobs.cli.compose import sweep
+    from jobs.cli.multirun import sweep
 
     sweep("run", request, together)
     under_way.close()

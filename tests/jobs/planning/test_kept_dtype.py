@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from jobs.cli.compose import compose, take_apart
+from jobs.cli.progress import Meter
+from jobs.execution import run_tasks
 from jobs.spec.job import JobSpec, OutputSpec, bytes_of
 from loaders.errors import BadSpec
 from loaders.places import DEMO
@@ -42,6 +44,30 @@ def test_what_is_kept_of_a_gguf_is_bfloat16_unless_it_is_asked_for_otherwise(
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == config["quantization_config"]["bnb_4bit_compute_dtype"] == DTYPE[found]
     assert weightmill("verify", f"output.path={out}").status == 0
+
+
+def test_a_gguf_that_is_not_quantized_again_is_decoded_to_bfloat16(weightmill: Any, tmp_path: Path, gguf: Path) -> None:
+    ran = weightmill("run", f"model.path={gguf}", f"output.path={tmp_path / 'out'}", "quant=none")
+    assert ran.status == 0, ran.err
+    assert set(dtypes_of(tmp_path / "out").values()) == {"BF16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "not copied; output=gguf copies it as it is" in ran.out
+    assert "copied as it is " not in ran.out
+    plain = tmp_path / "plain"
+    assert weightmill("run", f"output.path={plain}", "quant=none", "quant.dtype=float32", "output=gguf").status == 0
+    ran = weightmill("run", f"model.path={plain}", f"output.path={tmp_path / 'back'}", "quant=none")
+    assert ran.status == 0, ran.err
+    assert set(dtypes_of(tmp_path / "back").values()) == {"F32"}  # no blocks: nothing is decoded, nothing lost
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cpu", "mps", "mlx"])
+def test_recommended_sizes_are_those_of_plans(weightmill: Any, tmp_path: Path, gguf: Path, backend: str) -> None:
+    given = (f"model.path={gguf}", "format=json")
+    found = weightmill("recommend", *given, f"backend={backend}", "backend.memory_gb=8").document
+    for each in found["candidates"]:
+        if each["weight_bytes"] is not None:
+            plan = weightmill("plan", *given, f"quant={each['preset']}", f"output.path={tmp_path / 'o'}").document
+            assert plan["output"]["tensor_bytes"] == each["weight_bytes"], each["preset"]
 
 
 def test_floats_of_another_source_are_cast_as_asked(weightmill: Any, tmp_path: Path) -> None:
@@ -93,6 +119,36 @@ def test_files_hold_no_more_than_was_asked_for(weightmill: Any, tmp_path: Path) 
         refused = weightmill("plan", f"output.path={tmp_path / 'o'}", f"quant={quant}", "output.max_shard_size=300KB")
         assert refused.status == 2
         assert "output.max_shard_size: layout" in refused.err
+
+
+def test_a_file_that_is_larger_than_asked_is_warned_of(weightmill: Any, tmp_path: Path) -> None:
+    given = (f"output.path={tmp_path / 'out'}", "quant=nf4")
+    said = weightmill("plan", *given, "output.max_shard_size=300KB").out
+    assert "1 file is larger than output.max_shard_size, up to 524.29 kB" in said
+    assert "(model.embed_tokens.weight)" in said
+    assert "larger than output" not in weightmill("plan", *given, "output.max_shard_size=600KB").out
+
+
+def test_progress_ends_at_its_total(
+    weightmill: Any, tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(Meter):
+        def __init__(self, what: str, total: int, *others: Any, **named: Any) -> None:
+            super().__init__(what, total, *others, **named)
+            found[what] = [total, 0]
+            self._name = what
+
+        def add(self, count: int) -> None:
+            found[self._name][1] += count
+            super().add(count)
+
+    found: dict[str, list[int]] = {}
+    monkeypatch.setattr(run_tasks, "Meter", Counted)
+    for quant in ("nf4", "none"):
+        ran = weightmill("run", f"model.path={gguf}", f"output.path={tmp_path / quant}", f"quant={quant}")
+        assert ran.status == 0, ran.err
+        total, done = found["quantizing"]
+        assert total == done
 
 
 @pytest.mark.parametrize(("size", "found"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("512MiB", 512 << 20)])

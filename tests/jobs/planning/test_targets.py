@@ -24,7 +24,7 @@ def test_a_rule_may_change_settings_of_the_quant(source: Path, tmp_path: Path, w
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("{blocksize: 128}", "blocksize: Extra inputs"),
+        ("{blocksize: 128}", "blocksize: no such setting; did you mean 'group_size'"),
         ("{group_size: 100}", "expected one of 32"),
         ("{double_quant: true}", "differ in bnb_4bit_use_double_quant"),
     ],

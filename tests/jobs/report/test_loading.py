@@ -96,7 +96,7 @@ def test_a_sweep_names_the_folder_of_its_outputs_and_how_to_open_its_page(weight
 
 def test_a_run_says_how_to_open_its_page(weightmill: Any) -> None:
     ran = weightmill("run", "quant=nf4", "tracking=mlflow")
-    assert "its page: mlflow ui --backend-store-uri sqlite:///weightmill/mlflow.db" in ran.out
+    assert "mlflow ui --backend-store-uri sqlite:///weightmill/mlflow.db" in ran.out
 
 
 @pytest.mark.quick

@@ -126,8 +126,9 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
     assert sorted(r.info.status for r in runs(tmp_path / "root")) == ["FINISHED"] * 2
 
 
-def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
+def test_pages_of_mlflow_are_addressed_as_one_pastes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.spec.tracking import TrackingSpec
+    from jobs.tracking import pages
     from jobs.tracking.pages import compare_page
 
     server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
@@ -143,9 +144,13 @@ def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
     )
     many = compare_page(server, Path("out"), [str(n) for n in range(21)], "7")
     assert many == "compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
+    monkeypatch.setattr(pages, "SERVED_BY", ("sys",))
     own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
     assert own == "compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db, and then http://127.0.0.1:5000"
     here = compare_page(TrackingSpec(kind="mlflow"), Path.cwd() / "out", [str(n) for n in range(30)], "1", "sweep-1")
+    monkeypatch.setattr(pages, "SERVED_BY", ("sys", "no_such_module"))
+    bare = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
+    assert bare == own.replace("mlflow ui", "pip install 'weightmill[ui]', then mlflow ui")
     assert here == f"{own}; the sweep is tags.`weightmill.sweep` = 'sweep-1'"
 
 
@@ -186,6 +191,7 @@ def test_an_output_is_linked_and_registered_where_asked(
         out = tmp_path / f"registered-{quant}"
         ran, found = run(store, weightmill, source, out, f"quant={quant}", "tracking.register=small model")
         assert ran.status == 0, ran.err
+        assert f"registered: small model version {number}; model.path='models:/small model/{number}'" in ran.out
         version = client.get_model_version("small model", str(number))
         assert (version.source, version.run_id, version.tags["quant"]) == (str(out), found.info.run_id, quant)
         [linked] = found.outputs.model_outputs
@@ -195,6 +201,16 @@ def test_an_output_is_linked_and_registered_where_asked(
                        f"tracking.uri=sqlite:///{store / 'mlflow.db'}")  # fmt: skip
     assert again.status == 0, again.err
     assert len(client.search_model_versions("name = 'small model'")) == 2
+    # An output that is there already is registered as another model then, once.
+    for _ in range(2):
+        ran, _found = run(
+            store, weightmill, source, tmp_path / "registered-nf4", "quant=nf4", "tracking.register=other"
+        )
+        assert ran.status == 0, ran.err
+        assert "only registered" in ran.out
+        assert "registered: other version 1; model.path=models:/other/1" in ran.out
+    [other] = client.search_model_versions("name = 'other'")
+    assert (other.source, other.tags["quant"]) == (str(tmp_path / "registered-nf4"), "nf4")
 
 
 @pytest.mark.quick

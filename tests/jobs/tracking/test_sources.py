@@ -156,6 +156,7 @@ def _output(model_id: str) -> Any:
     ("address", "said"),
     [
         ("models:/other/1", "no model 'other' is registered in sqlite:///"),
+        ("models:/other/1", "tracking.uri=, or MLFLOW_TRACKING_URI in the environment, names another"),
         ("models:/m/7", "has no version or alias '7'; it has 1, 2, @best"),
         ("models:/m@worst", "has no version or alias 'worst'; it has 1, 2, @best"),
         ("models:/m", "expected models:/NAME/VERSION"),

@@ -138,3 +138,11 @@ def test_a_copy_of_a_gguf_is_the_same_file(model: Path, tmp_path: Path, weightmi
     assert weightmill("run", *copy).status == 0
     [one], [other] = (sorted((tmp_path / name).glob("*.gguf")) for name in ("q8", "copy"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_chosen_mix_is_named_after_its_most_common_type(weightmill: Any, tmp_path: Path) -> None:
+    given = ("quant=auto", "quant.engine=gguf", "quant.target_bits=5.2")
+    ran = weightmill("run", f"output.root={tmp_path}", f"output.path={tmp_path / 'out'}", *given)
+    assert ran.status == 0, ran.err
+    [file] = (tmp_path / "out").glob("*.gguf")
+    assert re.fullmatch(r"demo-Q\d_K(_M)?\.gguf", file.name)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from loaders.errors import BadCheckpoint, WeightmillError
+from loaders.errors import BadCheckpoint, BadSpec, WeightmillError
 from loaders.models import evaluate, load_model_and_tokenizer
-from loaders.models.foreign import hqq_model_from, mlx_model_from, mlx_tokenizer_from, model_from, no_code
+from loaders.models.foreign import check_config, hqq_model_from, mlx_model_from, mlx_tokenizer_from, model_from, no_code
 from loaders.models.sensitivity import importances_of
 from loaders.places import DEMO
 from tests.conftest import Ran
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 
+AUTO = transformers.AutoModelForCausalLM
 HAS_RUN = "HAS_RUN"
 CODE = f"""
 from pathlib import Path
@@ -113,7 +114,22 @@ def test_calls_inside_of_libraries_do_not_ask_either(evil: Callable[..., Path]) 
     assert asking.TIME_OUT_REMOTE_CODE > 0  # a process's own calls ask as before
 
 
-@pytest.mark.parametrize("config", [KERNEL, {"text_config": KERNEL}, {"attn_implementation": {"": "stranger/kernel"}}])
+DEEP: Any = "stranger/kernel"
+for _ in range(20):
+    DEEP = {"": [DEEP]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        KERNEL,
+        {"text_config": KERNEL},
+        {"attn_implementation": {"": "stranger/kernel"}},
+        {"attn_implementation": {"text_config": {"": "stranger/kernel"}}},
+        {"text_config": {"attn_implementation": {"a": {"": "stranger/kernel"}}}},
+        {"attn_implementation": DEEP},
+    ],
+)
 def test_code_of_the_hub_is_refused_by_name(config: dict[str, Any], evil: Callable[..., Path]) -> None:
     folder = evil(config, {})
     said = r"attn_implementation is 'stranger/kernel', code of the Hub, which is never run"
@@ -121,6 +137,39 @@ def test_code_of_the_hub_is_refused_by_name(config: dict[str, Any], evil: Callab
         model_from(transformers.AutoModelForCausalLM, folder)
     with pytest.raises(BadCheckpoint, match=said):
         load_model_and_tokenizer(folder, "cpu")
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation_internal", "_experts_implementation", "experts_implementation"])
+def test_whatever_setting_names_code_of_the_hub_is_refused(key: str) -> None:
+    with pytest.raises(BadCheckpoint, match=rf"{key} is 'stranger/kernel'"):
+        check_config({"a": [{key: {"b": {"": "stranger/kernel"}}}]})
+
+
+def test_a_config_that_another_config_names_is_checked(evil: Callable[..., Path]) -> None:
+    folder = evil({"configuration_files": ["config.4.0.0.json"]}, {})
+    (folder / "config.4.0.0.json").write_text(json.dumps({**json.loads((DEMO / "config.json").read_text()), **KERNEL}))
+    with pytest.raises(BadCheckpoint, match="stranger/kernel"):
+        model_from(transformers.AutoModelForCausalLM, folder)
+
+
+def test_attention_that_is_not_installed_is_said_in_our_words(
+    evil: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would get it from the Hub, had it the package kernels."""
+    monkeypatch.setattr(transformers.modeling_utils, "is_kernels_available", lambda: True)
+    folder = evil({"attn_implementation": "flash_attention_3"}, {})
+    for load in (lambda: load_model_and_tokenizer(folder, "cpu"), lambda: model_from(AUTO, folder)):
+        with pytest.raises(BadSpec, match="attn_implementation asks for FlashAttention"):
+            load()
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_with_it(evil: Callable[..., Path]) -> None:
+    """peft, if it were to read this file, would match a stranger's pattern, and fail for want of the adapter."""
+    pytest.importorskip("peft")
+    folder = evil({}, {})
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": "(a|a)*$"}')
+    model_from(AUTO, folder)
+    load_model_and_tokenizer(folder, "cpu")
 
 
 def test_a_job_that_reads_by_transformers_runs_none(

@@ -313,7 +313,7 @@ def test_unexpected_weights_may_be_ignored_by_name(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"backend": "tpu"}, "backend: unknown 'tpu'"),
-        ({"quantize": "nf3"}, "quantize: unknown 'nf3'; known: nf4"),
+        ({"quantize": "nf3"}, "quantize: unknown 'nf3'; did you mean 'nf4'"),
         ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
         ({"quantize": "nf4", "decode": True}, "give one"),
         ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "quantize the checkpoint once and stream that"),

@@ -18,6 +18,11 @@ def name_of(*settings: str) -> str:
     return compose("run", JobSpec, take_apart("run", JobSpec, [*settings, "tracking=none"])).output_address.name
 
 
+def test_no_default_of_the_output_has_a_word() -> None:
+    for layout in ("auto", *LAYOUTS):
+        assert name_of("quant=none", f"output={layout}") == ("demo-none" if layout == "auto" else f"demo-none-{layout}")
+
+
 def test_presets_have_no_words() -> None:
     for name in preset_names():
         assert words_of(preset(name)) == []
@@ -29,7 +34,10 @@ def test_presets_have_no_words() -> None:
         ("", "demo-nf4"),
         ("quant.group_size=64", "demo-nf4"),
         ("quant.group_size=128 quant.double_quant=true", "demo-nf4-g128-dq"),
-        ("quant.storage_dtype=bfloat16 quant.compute_dtype=float16", "demo-nf4-storage_dtype-bf16-compute_dtype-f16"),
+        ("quant.storage_dtype=bfloat16 quant.compute_dtype=float16", "demo-nf4-storage_bf16-compute_f16"),
+        ("quant.compute_dtype=float16 output.dtype=float16", "demo-nf4-compute_f16-kept_f16"),
+        ("output.dtype=source", "demo-nf4-kept_source"),
+        ("output.max_shard_size=5GB", "demo-nf4-max_shard_size-5GB"),
         ("quant=none quant.dtype=bfloat16", "demo-none-bf16"),
         ("quant=mlx_int4 quant.bits=3 quant.group_size=32", "demo-mlx_int4-b3-g32"),
         ("quant=hqq4 quant.axis=0", "demo-hqq4-axis-0"),

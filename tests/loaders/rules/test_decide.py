@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -16,6 +17,7 @@ from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.kept import cast_kept
 from loaders.rules.refusals import RAGGED, ragged_notes
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -158,7 +160,13 @@ def test_a_refusal_of_ragged_rows_names_the_groups_that_fit_and_what_keeping_cos
     kept = decide(tensors_in, PackedInt(4, 128, True), (own("keep", name=pattern),))
     output = size(sum(part.size for d in kept if d.encoding is not None for part in d.encoding.stored.values()))
     source = size(sum(tensor.source_bytes for tensor in tensors_in))
-    assert said.endswith(f" stay plain; the output has {output}, the source {source})")
+    assert said.endswith(f" stay plain; the output has about {output}, the source {source})")
+    with pytest.raises(BadSpec) as caught:
+        decide(tensors_in, PackedInt(4, 128, True), (), kept_dtype=DTYPES["F32"])
+    kept = cast_kept(kept, DTYPES["F32"])
+    wider = size(sum(part.size for d in kept if d.encoding is not None for part in d.encoding.stored.values()))
+    assert output != wider
+    assert f"the output has about {wider}, " in str(caught.value)
 
 
 def test_a_rule_for_a_role_that_no_tensor_has_is_told_the_roles(tensors_in: tuple[LogicalTensor, ...]) -> None:
