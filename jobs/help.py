@@ -14,7 +14,7 @@ from jobs.cli.help import choice_lines, group_text, help_text, setting_lines, se
 from jobs.cli.main import VERBS, overview
 from jobs.cli.meant import choice_problem, key_hint
 from jobs.cli.verb import Verb
-from loaders.near_misses import meant
+from loaders.near_misses import ELSEWHERE, meant, plain
 
 ALL = "all"
 
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [a for a in given if not a.startswith("-")]
     if not words:
         print(overview())
+        return 0
+    if words in (["completion"], ["help"]):
+        print(overview(words[0]))
         return 0
     verb = _verb(words.pop(0)) if words[0] in VERBS else None
     if verb is not None and words in ([], [ALL]):
@@ -72,6 +75,9 @@ def page_of(word: str, verb: Verb[Any] | None, folders: tuple[Path, ...] = ()) -
 
 def _unknown(word: str, verbs: Sequence[Verb[Any]], folders: tuple[Path, ...]) -> str:
     """Say what was meant by a word that is neither a verb, a group, a choice nor a setting."""
+    quants = choices_of("run")["quant"]
+    if plain(word) in ELSEWHERE and plain(word) not in map(plain, quants):
+        return choice_problem("quant", word, quants)
     for verb in verbs:
         for group, options in choices_of(verb.config or verb.name, folders).items():
             if (option := meant(word, options)) is not None:

@@ -38,16 +38,20 @@ class WeightmillError(Exception):
 
 
 class BadSpec(WeightmillError):
-    """The request is wrong, and nothing was started. `problems` holds all faults that were found."""
+    """The request is wrong, and nothing was started. `problems` holds all faults that were found.
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    `remedy` says what could be done instead, where that is not of one fault.
+    """
+
+    def __init__(self, problems: str | Sequence[str], remedy: str = "") -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(self.problems))
+        self.remedy = remedy
+        super().__init__("\n".join([*self.problems, *([remedy] if remedy else [])]))
 
-    def __reduce__(self) -> tuple[type[BadSpec], tuple[tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[BadSpec], tuple[tuple[str, ...], str]]:
         # By default an exception is unpickled from its `args`, here the joined text, which would lose the separate
         # problems on the way back from a worker process.
-        return BadSpec, (self.problems,)
+        return BadSpec, (self.problems, self.remedy)
 
 
 class BadCheckpoint(WeightmillError):

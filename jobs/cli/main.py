@@ -58,11 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def overview() -> str:
-    """Return a list of all verbs, one line each."""
+def overview(only: str | None = None) -> str:
+    """Return a list of all verbs, one line each, or the line of one."""
     rows = [f"  {verb:10} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
     rows.append(f"  {'help':10} Explain a verb, a group, a choice or a setting: weightmill help quant=nf4.")
     rows.append(f'  {"completion":10} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
+    if only is not None:
+        return " ".join(next(row for row in rows if row.split()[0] == only).split())
     rows = [line for row in rows for line in textwrap.wrap(row, 80, subsequent_indent=" " * 13)]
     return "\n".join(["usage: weightmill VERB [key=value ...]   (or python -m jobs.VERB; VERB --help)", "", *rows])
 

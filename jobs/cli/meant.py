@@ -159,8 +159,9 @@ def setting_meant(word: str, value: str | None, keys: Keys, choices: Choices) ->
 
 def _given(key: str, value: str) -> str:
     """Return a key and its value; an output is the folder in which the named file will be."""
-    stem, suffix = os.path.splitext(value)
-    return f"{key}={stem if key == 'output.path' and suffix.lower() in WEIGHTS else value}"
+    if key == "output.path" and value.lower().endswith(WEIGHTS):
+        value = value[: value.rindex(".")]
+    return f"{key}={value}"
 
 
 def option_problem(option: str, value: str | None, keys: Keys, choices: Choices, *, sweeps: bool) -> str:
@@ -203,6 +204,8 @@ def bare_problem(word: str, keys: Keys, choices: Choices, paths: list[str]) -> s
         paths.append(path)
         return f"{said}; give {_given(path, word)}"
     found = key_meant(word, keys)
+    if found is None and path is not None:
+        said = f"{said}; no file or folder here has that name, and a model of the Hub is OWNER/NAME"
     return f"{said}; is it {f'{found}=...'!r}?" if found else f"{said}; `weightmill help` lists the settings"
 
 

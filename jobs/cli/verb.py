@@ -103,7 +103,7 @@ class Verb(Generic[S]):
             with settings_called(KEYS):
                 return self._main(self._named(given), as_json)
         except BadSpec as error:
-            return _complain(WRONG, error.problems, as_json)
+            return _complain(WRONG, error.problems, as_json, error.remedy)
         except WeightmillError as error:
             return _complain(FAILED, [str(error)], as_json)
         except KeyboardInterrupt as error:
@@ -212,11 +212,12 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
+def _complain(status: int, problems: Sequence[str], as_json: bool, remedy: str = "") -> int:
     # What a user typed may be quoted, and what libraries say.
-    problems = [in_a_line(without_secrets(problem)) for problem in problems]
+    problems, remedy = [in_a_line(without_secrets(problem)) for problem in problems], in_a_line(without_secrets(remedy))
     if as_json:
-        _print_json({"status": "failed", "exit_status": status, "problems": problems})
+        said = [*problems, *([remedy] if remedy else [])]
+        _print_json({"status": "failed", "exit_status": status, "problems": said})
     lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")
     if len(problems) == 1:
         print(f"weightmill: {lead}: {problems[0]}", file=sys.stderr)
@@ -226,4 +227,6 @@ def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
             print(f"  {problem}", file=sys.stderr)
         if len(problems) > SHOWN:
             print(f"  and {len(problems) - SHOWN} more, which format=json lists", file=sys.stderr)
+    if remedy:
+        print(f"  {remedy}", file=sys.stderr)
     return status

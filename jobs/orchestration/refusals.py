@@ -43,9 +43,8 @@ def refusal(refused: Sequence[Refused], good: Sequence[Composed], request: Reque
             left = {key: value for key, value in each.job.varied.items() if key != each.without}
             rest.setdefault(each.without, []).append(left)
     commands = [command(grid, request, key) for key, kept in rest.items() for grid in grids(kept)]
-    if commands:
-        problems.append("none of the jobs was started; what makes sense: " + " && ".join(commands))
-    return BadSpec(problems)
+    makes_sense = f"none of the jobs was started; what makes sense: {' && '.join(commands)}"
+    return BadSpec(problems, makes_sense if commands else "")
 
 
 def grids(combinations: Sequence[Combination]) -> list[Grid]:

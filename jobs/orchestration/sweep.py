@@ -155,15 +155,20 @@ class Sweep:
         return refused
 
     def _same_place(self, composed: Sequence[Composed]) -> list[Refused]:
-        """Refuse jobs that would write to the address of an earlier job's output."""
+        """Refuse jobs that would write to the address of an earlier job's output, or all to one path."""
         places: dict[Address, list[Composed]] = {}
         for job in composed:
             places.setdefault(self._specs[job.number].output_address.real, []).append(job)
-        return [
-            Refused(job, f"output.path: {path} is also that of {jobs[0].name}; give each a name or a path of its own")
-            for path, jobs in places.items()
-            for job in jobs[1:]
-        ]
+        refused = []
+        for path, jobs in places.items():
+            is_given = self._specs[jobs[0].number].output.path is not None and "output.path" not in jobs[0].varied
+            if len(jobs) > 1 and is_given:
+                problem = f"output.path: {path} is one output, and these are {len(jobs)} jobs; give output.root={path}"
+                refused += [Refused(job, f"{problem}, in which each has a folder") for job in jobs]
+                continue
+            problem = f"output.path: {path} is also that of {jobs[0].name}; give each a name or a path of its own"
+            refused += [Refused(job, problem) for job in jobs[1:]]
+        return refused
 
     def _run(self, planned: dict[int, Planned]) -> None:
         old = {n: p for n, p in planned.items() if p.done is not None}

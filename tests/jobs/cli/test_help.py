@@ -149,3 +149,12 @@ def test_completion_offers_what_the_pages_have(line: str, wanted: list[str]) -> 
     found = completions(line)
     assert found[: len(wanted)] == wanted
     assert len(found) == len(wanted) or line.endswith("help qu")
+
+
+def test_help_knows_every_listed_verb_and_what_others_call_a_quantization(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("completion", "help"):
+        assert main(["help", verb]) == 0
+        assert capsys.readouterr().out.startswith(f"{verb} ")
+    for word in ("gptq", "awq"):
+        assert main(["help", word]) == 2
+        assert f"quant: unknown choice '{word}': " in capsys.readouterr().err

@@ -303,3 +303,7 @@ def test_every_word_of_the_tables_is_found() -> None:
     for table in (MEANT, KEYS_ELSEWHERE, ELSEWHERE, WITHOUT, OPTIONS, VERBS_ELSEWHERE):
         assert [word for word in table if plain(word) != word] == []
     assert not set(VERBS) & set(VERBS_ELSEWHERE)
+
+
+def test_a_word_that_may_be_a_model_is_told_what_one_is(weightmill: Any) -> None:
+    assert "no file or folder here has that name, and a model of the Hub is OWNER/NAME" in weightmill("run", "gpt2").err

@@ -217,6 +217,7 @@ def test_what_makes_no_sense_is_refused_by_name_and_the_rest_offered(
     assert ran.status == 2
     assert "quant=int8 quant.group_size=64,100,128: quant.group_size: unknown key" in ran.err
     assert "quant=nf4,fp4 quant.group_size=100: quant.group_size: expected one of" in ran.err
+    assert "this cannot be done, 2 problems:" in ran.err
     [offer] = [line for line in ran.err.splitlines() if "what makes sense" in line]
     commands = [c.split()[3:] for c in offer.partition("what makes sense: ")[2].split(" && ")]
     assert [c[-2:] for c in commands] == [
@@ -232,7 +233,13 @@ def test_what_makes_no_sense_is_refused_by_name_and_the_rest_offered(
 def test_two_jobs_of_one_output_are_refused(source: Path, tmp_path: Path, weightmill: Any) -> None:
     ran = weightmill("run", "-m", f"model.path={source}", f"output.path={tmp_path / 'out'}", "quant=nf4,fp4")
     assert ran.status == 2
-    assert f"output.path: {tmp_path / 'out'} is also that of quant=nf4" in ran.err
+    assert f"{tmp_path / 'out'} is one output, and these are 2 jobs; give output.root={tmp_path / 'out'}" in ran.err
+    assert "what makes sense" not in ran.err
+    assert ran.err.count("output.path") == 1
+    ran = weightmill("run", "-m", f"model.path={source}", f"output.path={tmp_path / 'out'},{tmp_path / 'b'}",
+                     "quant=nf4,fp4")  # fmt: skip
+    assert ran.status == 2
+    assert "is also that of" in ran.err
     assert not (tmp_path / "out").exists()
 
 
