@@ -95,6 +95,9 @@ MEANT: dict[str, tuple[str, ...]] = {
 
 CALIBRATED = "needs calibration data, so it is read here and not written; {} has its bits without calibration"
 AT_4_BITS = CALIBRATED.format("w4a16 (vLLM, transformers), hqq4 or nf4")
+# Dtypes that may be given for a quantization, and their names here.
+CASTS = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "f16": "float16",
+         "half": "float16", "float32": "float32", "fp32": "float32"}  # fmt: skip
 # Quantizations that are known by these names elsewhere, and are not one of those here: why, and what there is.
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("gptq", "awq", "autoround", "auto_round", "gptqmodel", "autoawq", "auto_gptq"), AT_4_BITS),
@@ -107,9 +110,7 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("8", "w8"), "8 bits are int8 (transformers), fp8_dynamic (vLLM), mlx_int8 (mlx-lm) and gguf_q8_0"
                     " (llama.cpp)"),
     **dict.fromkeys(("3", "3bit", "2", "2bit"), "2 and 3 bits are hqq2, hqq3, and mlx_int4 with bits=2 or 3"),
-    **dict.fromkeys(("bfloat16", "bf16", "float16", "fp16", "f16", "float32", "fp32", "half"),
-                    "it is a cast: quant=none quant.dtype=bfloat16 (float16, float32), or quant=gguf_bf16,"
-                    " quant=gguf_f16"),
+    **dict.fromkeys(CASTS, "it is a cast: none with dtype=bfloat16 (float16, float32), or gguf_bf16, gguf_f16"),
 }  # fmt: skip
 # Arguments of other tools that nothing here corresponds to, and why.
 WITHOUT: dict[str, str] = {

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from loaders.near_misses import ELSEWHERE, MEANT, WITHOUT, meant, near, plain, unknown_quant
+from loaders.near_misses import CASTS, ELSEWHERE, MEANT, WITHOUT, meant, near, plain, unknown_quant
 from loaders.rules.llama_cpp import MIXES
 
 Choices = Mapping[str, Sequence[str]]
@@ -215,6 +215,9 @@ def choice_problem(group: str, chosen: str, options: Sequence[str]) -> str:
         return f"{group}: expected a choice after {group}=; known: {', '.join(options)}"
     if group in PATH_OF and is_path(chosen):
         return f"{group}: {chosen!r} is none of its choices, {', '.join(options)}; give {PATH_OF[group]}={chosen}"
+    if group == "quant" and (dtype := CASTS.get(plain(chosen))) is not None:
+        as_gguf = "; for llama.cpp, quant=gguf_bf16 or quant=gguf_f16"
+        return f"quant: unknown choice {chosen!r}: it is a cast: quant=none quant.dtype={dtype}{as_gguf}"
     if group == "quant":
         mix = plain(chosen).removeprefix("gguf_").upper()
         if mix in MIXES and f"gguf_{mix.lower()}" not in options:

@@ -168,12 +168,14 @@ def _mlx(subject: Subject) -> Loading:
 
 def _gguf(subject: Subject) -> Loading:
     first = f"{subject.where}/{subject.target.finals[0].name}"
+    is_causal = _is_causal(subject.config)
+    program = "llama-cli" if is_causal else "llama-embedding"
     code = [
-        f"# in a shell: llama-cli -m {shlex.quote(first)} -p Hello",
+        f"# in a shell: {program} -m {shlex.quote(first)} -p Hello",
         "# pip install llama-cpp-python",
         "from llama_cpp import Llama",
         "",
-        f"model = Llama(model_path={json.dumps(first)}{'' if _is_causal(subject.config) else ', embedding=True'})",
+        f"model = Llama(model_path={json.dumps(first)}{'' if is_causal else ', embedding=True'})",
     ]
     return Loading(ELSEWHERE["gguf"][0], "gguf", "python", "\n".join(code), ELSEWHERE["gguf"][1])
 

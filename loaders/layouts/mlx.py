@@ -7,6 +7,7 @@ under its path in the block, or else what the shapes tell (in older versions, th
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -105,9 +106,11 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     model = model_of(checkpoint.config)
     if model is None:
         found = model_type_said(checkpoint.config)
+        types = known_types("mlx")
+        close = difflib.get_close_matches(str(checkpoint.config.get("model_type")), types, n=3)
+        nearest = f", {', '.join(close)} nearest" if close else ""
         raise BadSpec(
-            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here; known:"
-            f" {', '.join(known_types('mlx'))}"
+            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here ({len(types)} are{nearest})"
         )
     problem = fault(model, checkpoint.config)
     if problem:

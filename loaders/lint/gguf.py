@@ -30,6 +30,10 @@ REQUIRED = ("context_length", "embedding_length", "block_count")
 READ_REQUIRED = ("feed_forward_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
 MOE_REQUIRED = ("expert_count", "expert_used_count")
 DEFAULTED = {"rope.freq_base": "10000", "attention.head_count_kv": "as many as attention.head_count"}
+# Architectures that turn no positions: llama.cpp's graphs of them have none of its RoPE.
+WITHOUT_ROPE = ("bert", "jina-bert-v2", "t5", "t5encoder", "gpt2", "bloom", "mpt", "starcoder", "mamba", "mamba2")
+# Encoders, which have as many heads of keys and values as of queries.
+ENCODERS = ("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "modern-bert", "t5encoder")
 ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
 DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -71,8 +75,9 @@ def _sizes(
     missing = [f"{name}.{key}" for key in wanted if f"{name}.{key}" not in metadata]
     if missing:
         yield fault(ENGINE, f"the metadata lacks {some(missing)}", "fails: key not found in model", AGAIN)
+    unread = {"rope.freq_base": WITHOUT_ROPE, "attention.head_count_kv": ENCODERS}
     for key, taken in DEFAULTED.items():
-        if f"{name}.{key}" not in metadata:
+        if name not in unread[key] and f"{name}.{key}" not in metadata:
             yield warning(ENGINE, f"the metadata does not say {name}.{key}", f"silently takes {taken}", AGAIN)
 
 

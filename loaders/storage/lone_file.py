@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT, Entry, Range, Store
+from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, Range, Store
 
 # The weights that are read here, and the indexes and manifests that would say which of them to read.
 SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -46,7 +46,7 @@ class LoneFile:
         if name.endswith(SUFFIXES):
             mine, other = SHARD.fullmatch(self._name), SHARD.fullmatch(name)
             return mine is not None and other is not None and mine.groups() == other.groups()
-        return "/" not in name and not name.endswith(".index.json") and name != OUR_REPORT
+        return "/" not in name and not name.endswith(".index.json") and name not in (OUR_REPORT, OUR_PAGE)
 
     def _set(self) -> Sequence[str]:
         """Return the names of the file and its other shards."""

@@ -95,7 +95,7 @@ def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
         ("quant.blocksize=64", "did you mean 'quant.group_size'?"),
         ("quant.compress_statistics=true", "did you mean 'quant.double_quant'?"),
         ("strategy.memory_budget_mb=64", "it belongs to strategy=remote|streaming"),
-        ("verify.tokens=64", "it belongs to verify=logits|embeddings"),
+        ("verify.tokens=64", "it belongs to verify=embeddings|logits"),
         ("output.pth=x", "did you mean 'output.path'?"),
         ("tracking.url=x", "did you mean 'tracking.uri'?"),
         ("cluster.num_workers=4", "did you mean 'cluster.threads'?"),

@@ -70,3 +70,11 @@ def test_of_several_ggufs_one_is_given(place: Place, tmp_path: Path, weightmill:
     assert weights[0] == weights[1] != {}
     assert weightmill("verify", f"output.path={outs[0]}").status == 0
     assert open_store(where / "gguf_q8_0.gguf").absence() is not None
+
+
+@pytest.mark.quick
+def test_a_page_beside_one_file_is_nothing_of_it(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "report.html").write_text("a page")
+    assert not any("report.html" in note for note in open_checkpoint(folder / "model.safetensors").notes)
+    assert any("report.html" in note for note in open_checkpoint(folder).notes)
