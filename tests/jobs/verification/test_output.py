@@ -74,6 +74,14 @@ def test_what_is_no_report_is_said_in_our_words(source: Path, tmp_path: Path, we
         with pytest.raises(BadCheckpoint) as caught:
             Report.from_json(before + new + after)
         assert said in str(caught.value)
+    report = json.loads(raw)
+    report["job"]["quant"]["kind"] = "evil"
+    del report["run"]["xxh3"]
+    (out / "weightmill.json").write_text(json.dumps(report))
+    ran = weightmill("verify", f"output.path={out}")
+    assert ran.status == 1
+    assert "quant: expected a kind of" in " ".join(ran.err.split())
+    assert "pydantic" not in ran.err
 
 
 def test_no_folder_can_be_made_where_there_is_no_place() -> None:
