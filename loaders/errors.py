@@ -86,6 +86,8 @@ ADVICE = {
     errno.ENOTDIR: "a part of the path is a file: choose another path",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
 }
+# Folders are made with those around them, so that this one is of a filesystem such as /proc, or was removed meanwhile.
+NO_PLACE = "no folder can be made there: choose another path"
 
 
 @contextmanager
@@ -100,5 +102,6 @@ def io_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         kind = TransientIOError if errno.errorcode.get(error.errno or 0) in PASSING else StorageError
-        advice = ADVICE.get(error.errno or 0, "").format(output=setting("output"))
+        is_no_place = action == "making" and error.errno == errno.ENOENT
+        advice = NO_PLACE if is_no_place else ADVICE.get(error.errno or 0, "").format(output=setting("output"))
         raise kind(f"{action} {os.fspath(path)}: {error.strerror or error}{'; ' if advice else ''}{advice}") from error

@@ -18,6 +18,7 @@ from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, WeightmillError
+from loaders.faults import expected
 from loaders.limits import JSON_REPORT, shown
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
@@ -283,9 +284,11 @@ class Report(Part):
         try:
             report = Report.model_validate_json(raw)
         except ValidationError as error:
-            fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            fault = error.errors(include_url=False)[0]
             place = shown(".".join(map(str, fault["loc"]))).strip("'")
-            raise BadCheckpoint(f"{where}: not a report of this version ({place}: {fault['msg']})") from None
+            wrong = "an unknown key" if fault["type"] == "extra_forbidden" else expected(fault)
+            said = f"{place}: {wrong}" if place else "its JSON has a text that is none in UTF-8"
+            raise BadCheckpoint(f"{where}: not a report of this version ({said}); fetch it again") from None
         if report.run.xxh3 and digest(_with_hash(raw, BLANK)) != report.run.xxh3:
             raise BadCheckpoint(f"{where}: it is damaged: it is not what was written; fetch it again")
         return report

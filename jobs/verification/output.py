@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+from pydantic import ValidationError
 from rich.console import Group
 
 from jobs.cli.verb import FAILED, Said
@@ -46,6 +47,7 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
+from loaders.faults import sentences
 from loaders.quantization.gate import Gate
 from loaders.specs import Slot, WeightSpec
 from loaders.storage import open_source, open_store
@@ -239,6 +241,9 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
         job = {**report.run.request, **report.job}
         job["verify"] = _both({"kind": "strict", **job["verify"]}, verify)
         spec = JobSpec.model_validate(job, strict=False)
+    except ValidationError as error:
+        said = "; ".join(sentences(JobSpec, error.errors())[:3])
+        raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({said})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:

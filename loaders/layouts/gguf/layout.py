@@ -20,7 +20,7 @@ from loaders.architectures.gguf_types import is_float32
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec, setting
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.gguf.extra_tensors import extra_tensors
 from loaders.layouts.gguf.metadata import (
@@ -31,6 +31,7 @@ from loaders.layouts.gguf.metadata import (
     quantization_metadata,
 )
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
+from loaders.limits import shown
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.ggml import Ggml
@@ -291,15 +292,47 @@ def _metadata(
         raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
     config = {**completed(checkpoint.config), "vocab_size": rows}
     tensors = [(slot.name, slot.shape) for file in files for slot in file.slots]
-    tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
-    pooling, modules = pooling_metadata(checkpoint.source, architecture.name)
-    made = {
-        **general_metadata(architecture.name, label),
-        **model_card_metadata(card_of(checkpoint.source), checkpoint.config, model, tensors),
-        **sampling_metadata(read_generation(checkpoint.source)),
-        **model_metadata(architecture, config, _next_tokens(architecture, files)),
-        **pooling,
-        **tokenizer,
-    }
+    try:
+        tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
+        pooling, modules = pooling_metadata(checkpoint.source, architecture.name)
+        made = {
+            **general_metadata(architecture.name, label),
+            **model_card_metadata(card_of(checkpoint.source), checkpoint.config, model, tensors),
+            **sampling_metadata(read_generation(checkpoint.source)),
+            **model_metadata(architecture, config, _next_tokens(architecture, files)),
+            **pooling,
+            **tokenizer,
+        }
+    except UnicodeEncodeError as error:
+        raise _no_text(error, "tokenizer") from None
+    _check_texts(made)
     notes = [f"a GGUF has no place for {each}" for each in (*left_out, *modules)]
     return made, (*not_computed(architecture, config, made), *notes)
+
+
+# The files that metadata come from, by how their keys begin; the first that fits counts.
+SOURCES = (
+    ("tokenizer.chat_template", "the chat template"),
+    ("tokenizer", "tokenizer.json, or a file of the tokenizer beside it"),
+    ("general", "README.md, the model card"),
+    ("", "config.json"),
+)
+
+
+def _check_texts(metadata: gguf.Metadata) -> None:
+    """Raise BadCheckpoint if a text is none in UTF-8: JSON and YAML can name halves of characters alone."""
+    for key, entry in metadata.items():
+        if entry.type == gguf.STRING:
+            try:
+                "".join(entry.value).encode()
+            except UnicodeEncodeError as error:
+                raise _no_text(error, key) from None
+
+
+def _no_text(error: UnicodeEncodeError, key: str) -> BadCheckpoint:
+    where = next(file for start, file in SOURCES if key.startswith(start))
+    found = shown(error.object[max(0, error.start - 8) : error.end + 8])
+    return BadCheckpoint(
+        f"{where}: a text has half of a character, {error.object[error.start]!r} in {found}, which UTF-8, and so"
+        " a GGUF, cannot hold; correct it, or fetch the file again"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from jobs.output.report import Report
 from loaders.containers.safetensors import read_specs
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from tests.making import write_checkpoint
 from tests.reading import files_of
 
@@ -56,6 +57,36 @@ def test_a_forged_report_is_found_and_ends_in_no_traceback(out: Path, weightmill
         assert ran.status == 1, what
         assert "weightmill.json" in ran.out + ran.err, what
         assert "Traceback" not in ran.out + ran.err, what
+
+
+@pytest.mark.quick
+def test_what_is_no_report_is_said_in_our_words(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={source}", f"output.path={out}", "tracking=none", "quant=nf4").status == 0
+    raw = (out / "weightmill.json").read_bytes()
+    for old, new, said in (
+        (b'"container": "', rb'"container": "\ud800', "its JSON has a text that is none in UTF-8"),
+        (b'"files": [', b'"files": "x", "other": [', "(files: expected a list"),
+        (b'"run": {', b'"evil": 1, "run": {', "(evil: an unknown key)"),
+    ):
+        before, found, after = raw.rpartition(old)
+        assert found
+        with pytest.raises(BadCheckpoint) as caught:
+            Report.from_json(before + new + after)
+        assert said in str(caught.value)
+    report = json.loads(raw)
+    report["job"]["quant"]["kind"] = "evil"
+    del report["run"]["xxh3"]
+    (out / "weightmill.json").write_text(json.dumps(report))
+    ran = weightmill("verify", f"output.path={out}")
+    assert ran.status == 1
+    assert "quant: expected a kind of" in " ".join(ran.err.split())
+    assert "pydantic" not in ran.err
+
+
+def test_no_folder_can_be_made_where_there_is_no_place() -> None:
+    with pytest.raises(StorageError, match="no folder can be made there"), io_errors("making", "/proc/x"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
 @pytest.mark.quick

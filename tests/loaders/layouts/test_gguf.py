@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from loaders.containers import gguf
+from loaders.places import DEMO
 from tests.making import llama_tensors, make_source, read_safetensors, values_of, weights
 from tests.reading import files_of
 
@@ -115,6 +117,59 @@ def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path,
     (model / "tokenizer.json").unlink()
     ran = weightmill("plan", *arguments(model, tmp_path / "out"))
     assert "has no tokenizer.json" in ran.err
+
+
+def _with_token(model: Path, text: str) -> None:
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"][text] = document["model"]["vocab"].pop(next(reversed(document["model"]["vocab"])))
+    path.write_text(json.dumps(document))
+
+
+def _with_merge(model: Path, text: str) -> None:
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["merges"] += [[text, "a"]]
+    path.write_text(json.dumps(document))
+
+
+def _with_added(model: Path, text: str) -> None:
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["added_tokens"][0]["content"] = text
+    path.write_text(json.dumps(document))
+
+
+def _with_template(model: Path, text: str) -> None:
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": text}))
+
+
+def _with_card(model: Path, text: str) -> None:
+    (model / "README.md").write_text(f"---\nlicense: {json.dumps(text)}\n---\n")
+
+
+HALVES = {
+    "token": (_with_token, "tokenizer.json"),
+    "merge": (_with_merge, "tokenizer.json"),
+    "added": (_with_added, "tokenizer.json"),
+    "template": (_with_template, "the chat template"),
+    "card": (_with_card, "README.md"),
+}
+
+
+@pytest.mark.parametrize("half", [0xD800, 0xDCFF], ids=hex)
+@pytest.mark.parametrize("where", HALVES)
+def test_half_a_character_is_refused_in_the_plan(where: str, half: int, tmp_path: Path, weightmill: Any) -> None:
+    """JSON can name it, and UTF-8 cannot hold it."""
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    put, file = HALVES[where]
+    put(model, f"x{chr(half)}y")
+    ran = weightmill("plan", f"model.path={model}", "quant=gguf_q8_0")
+    assert ran.status == 1
+    assert file in ran.err
+    assert "half of a character" in " ".join(ran.err.split())
 
 
 def test_blocks_are_quantized_again_and_the_plan_says_so(model: Path, tmp_path: Path, weightmill: Any) -> None:
