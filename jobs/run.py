@@ -33,7 +33,7 @@ VERB = Verb(
         ("", "the demo model to NF4"),
         ("model.path=DIR quant=nf4 output.path=OUT", "any folder"),
         ("model=llama70b quant=nf4 cluster=ray", "a preset, on Ray"),
-        ("quant=gguf_q4_k_m rules='[{role: head, action: keep}]'", "a rule"),
+        ("quant=gguf_q4_k_m rules=mine.yaml", "with rules of your own"),
         ("quant=none quant.dtype=bfloat16", "cast"),
         ("quant=auto quant.engine=mlx quant.target_bits=4.25", "a budget"),
         ("quant=nf4 verify=logits", "KL and perplexity, too"),

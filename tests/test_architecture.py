@@ -52,7 +52,7 @@ LAYERS = [
     *([f"loaders.{word}" for word in line.split()] for line in LOADERS.strip().splitlines()),
 ]
 ENTER_BY = {
-    "hydra": ["jobs/cli/compose.py"],
+    "hydra": ["jobs/cli/compose.py", "jobs/cli/multirun.py"],
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/mlflow_run.py"],
     "huggingface_hub": [

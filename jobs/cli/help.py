@@ -128,7 +128,13 @@ def setting_lines(verb: Described, name: str) -> list[str]:
 
 
 def _head(verb: Described) -> list[str]:
-    usage = " ".join(["python -m jobs." + verb.name, *(name.upper() for name in verb.positional), "[key=value ...]"])
+    usage = " ".join(
+        [
+            "python -m jobs." + verb.name,
+            *(f"[{name.rpartition('.')[2].upper()}]" for name in verb.positional),
+            "[key=value ...]",
+        ]
+    )
     sweeps = "   (-m sweeps over comma lists)" if verb.can_sweep else ""
     return [*textwrap.wrap(verb.summary, WIDTH), "", f"usage: {usage}", f"       weightmill {verb.name} ...{sweeps}"]
 
