@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Columns, Format, Location, Spec
 from jobs.spec.store import StoreSpec
+from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
 
@@ -47,7 +48,7 @@ def act(spec: CleanSpec) -> Said:
     place = only.parent if only is not None else Address.of(spec.output.root)
     found, places = find_leftovers(place, None if only is None else only.name), [place]
     # A folder may be of outputs, too.
-    if only is not None and only.is_local and only.path.is_dir():
+    if only is not None and only.is_local and open_store(only).absence() is None:
         found, places = (*found, *find_leftovers(only)), [only, place]
     rows = [leftover_document(leftover, will_remove=spec.delete) for leftover in found]
     # These are of no folder: who wants them gone says so, by the output or its owner.

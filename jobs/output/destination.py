@@ -40,7 +40,7 @@ def check_place(spec: JobSpec, output: Address) -> None:
     if around is not None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
     suffix = PurePosixPath(output.name).suffix
-    if suffix.lower() in WEIGHTS and output.is_local and not output.path.is_dir():
+    if suffix.lower() in WEIGHTS and output.is_local and open_store(output).absence() is not None:
         raise BadSpec(
             f"output.path: {output}: expected a folder, found the name of a file; give"
             f" output.path={output.parent / output.name.removesuffix(suffix)}, in which the file will be"
