@@ -139,7 +139,7 @@ def test_what_has_no_hidden_states_of_text_is_not_begun(weightmill: Any, tmp_pat
     ("given", "said"),
     [
         (("verify.min_cosine=0.9",), "verify.min_cosine: unknown key; it belongs to verify=embeddings;"),
-        (("verify.text=x",), "verify.text: unknown key; it belongs to verify=logits|embeddings;"),
+        (("verify.text=x",), "verify.text: unknown key; it belongs to verify=embeddings|logits;"),
         (("objective=[quality/cosine]",), "objective: quality/cosine is measured with verify=embeddings"),
         (("verify=embeddings", "objective=[quality/kl]"), "objective: quality/kl is measured with verify=logits"),
     ],

@@ -91,7 +91,7 @@ def test_the_plan_knows_every_file_to_the_byte(quant: str, model: Path, tmp_path
     assert len(report["files"][0]["pieces"]) > 2
     assert sorted(snapshot(out, ["extra"])) == sorted(
         [*files, "model_weights.json", "packed_experts/layout.json", "config.json", "tokenizer.json",
-         "chat_template.jinja", "extra/modeling.py", "README.md", REPORT]
+         "chat_template.jinja", "extra/modeling.py", "README.md", "report.html", REPORT]
     )  # fmt: skip
     assert find_journals(tmp_path) == []
     assert weightmill("verify", f"output.path={out}").status == 0

@@ -43,6 +43,7 @@ CONFIG = {
     "base_model_name_or_path": "org/base",
 }
 REPORT = "weightmill.json"  # which tells how long the run took
+PAGE = "report.html"  # which tells the command
 
 
 def normal(*shape: int, seed: int = 7) -> Raw:
@@ -128,7 +129,7 @@ def test_any_quant_gives_what_it_gives_of_the_merged_model(
     ran = weightmill("run", f"model.path={base}", *given, *common, f"output.path={tmp_path / 'one'}")
     assert ran.status == 0, ran.err
     assert weightmill("run", f"model.path={tmp_path / 'plain'}", *common, f"output.path={tmp_path / 'two'}").status == 0
-    assert snapshot(tmp_path / "one", [REPORT]) == snapshot(tmp_path / "two", [REPORT])
+    assert snapshot(tmp_path / "one", [REPORT, PAGE]) == snapshot(tmp_path / "two", [REPORT, PAGE])
     verified = weightmill("verify", f"output.path={tmp_path / 'one'}")
     assert verified.status == 0, verified.err
 
