@@ -378,7 +378,7 @@ def test_transformers_computes_the_same_from_a_checkpoint_that_was_mlx(tmp_path:
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
-    "an unknown model_type": ("llama", ["model_type=bloom"], "is not one whose MLX names are known here ("),
+    "an unknown model_type": ("llama", ["model_type=bloom"], "is not one whose MLX names are known here"),
     "another engine's scheme": ("llama", ["quant=nf4", "output=mlx"], "mlx holds MLX's schemes, not bitsandbytes's"),
     "half of the experts": (
         "mixtral", ["rules=[{name: experts.1., action: drop}]"], "mlx-lm stacks 4 experts, of which 3 are to be",

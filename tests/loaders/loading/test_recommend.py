@@ -220,5 +220,5 @@ def test_what_was_measured_says_what_loses_least(tmp_path: Path, weightmill: Any
 def test_a_smaller_source_that_is_taken_is_not_called_the_most_bits() -> None:
     stored = FittedPreset("none", 96, 5.7, True, "")
     more, fewer = FittedPreset("int8", 160, 9.7, True, ""), FittedPreset("nf4", 80, 5.0, True, "")
-    assert "as the source stores it" in _verdict("none", [stored, more], 1000)
-    assert _verdict("none", [stored, fewer], 1000) == "scheme none: the most bits per weight that fit"
+    assert "as the source stores it" in _verdict("none", [stored, more], 1000, 0)
+    assert _verdict("none", [stored, fewer], 1000, 0) == "scheme none: the most bits per weight that fit"
