@@ -21,7 +21,7 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 # The layers from top to bottom. A module may import from its own folder and from the lines below. A word is a folder,
 # or a file at the top of `jobs` or `loaders`.
 JOBS = """
-__main__ bench clean compare diff help inspect lint plan recommend run verify
+__main__ bench clean compare diff inspect lint plan recommend run verify
 benchmarks
 orchestration
 tracking

@@ -47,7 +47,7 @@ def test_every_verb_is_in_the_lists_of_verbs() -> None:
     assert listed is not None
     assert sorted(listed[1].split(", ")) == sorted(VERBS), "the line of jobs/ in How it is built"
     files = {path.stem for path in (README.parent / "jobs").glob("*.py")} - {"__init__", "__main__"}
-    assert files == {*VERBS, "help"}, "VERBS of jobs/cli/main.py"
+    assert files == {*VERBS}, "VERBS of jobs/cli/main.py"
     for verb in VERBS:
         config = importlib.import_module(f"jobs.{verb}").VERB.config or verb
         assert (CONF / f"{config}.yaml").is_file(), f"the settings of {verb}"

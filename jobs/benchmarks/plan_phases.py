@@ -77,7 +77,8 @@ def main(file: str, *overrides: str) -> int:
     phase, _, name = PHASES[0]
     plan_job = preflight.plan_job
     opened = clock.timed(phase, getattr(preflight, name))
-    setattr(preflight, "plan_job", lambda spec, **how: plan_job(spec, opened, **how))  # noqa: B010
+    patched: Any = preflight
+    patched.plan_job = lambda spec, **how: plan_job(spec, opened, **how)
     status: int = _timed_verb(clock, import_module(PHASES[-1][1]).VERB).main(overrides)
     clock.turn()
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

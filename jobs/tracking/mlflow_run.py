@@ -285,24 +285,19 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
 
-class suppress_existing(suppress):  # noqa: N801, it is used as `suppress` is
-    """Let pass that something which is to be made exists."""
-
-    def __init__(self) -> None:
-        super().__init__(BaseException)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        return getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS"
-
-
 def registered(client: Any, model: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> str:
     """Make an output a version of a registered model, if it is none yet; returns "models:/NAME/VERSION".
 
     `run_id` is the run that made the output, by which an output is told from an earlier one at the same address.
     """
-    # It exists if another job has made it.
-    with suppress_existing():
+    from mlflow.exceptions import MlflowException
+
+    try:
         client.create_registered_model(model)
+    except MlflowException as error:
+        # Another job has made it.
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     known = client.search_model_versions(f"name={quoted(model)}")
     versions = [each for each in known if each.source == address and each.run_id in (run_id, run_id or "")]
     made = versions[0] if versions else client.create_model_version(
