@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(completions(" ".join(given[1:]))))
         return 0
     if verb == "help":
-        shown: int = importlib.import_module("jobs.cli.topics").main(given[1:])
+        shown: int = importlib.import_module("jobs.report.topics").main(given[1:])
         return shown
     if verb in ("-h", "--help"):
         print(overview())
