@@ -48,17 +48,21 @@ def test_a_sweep_has_a_run_of_its_own_beside_those_of_its_jobs(source: Path, tmp
     assert dataset.digest == jobs[0].inputs.dataset_inputs[0].dataset.digest
     assert {each.path for each in client.list_artifacts(own.info.run_id)} == {"jobs.json", "pareto.svg", "report.html"}
     table = json.loads(Path(client.download_artifacts(own.info.run_id, "jobs.json", str(tmp_path / ".."))).read_text())
-    assert [row[0] for row in table["data"]] == [f"{source.name}-{quant}" for quant in QUANTS]
+    # The smallest first, as in all tables of jobs.
+    assert sorted(row[0] for row in table["data"]) == sorted(f"{source.name}-{quant}" for quant in QUANTS)
+    bits = table["columns"].index("bits per weight")
+    assert [row[bits] for row in table["data"]] == sorted((row[bits] for row in table["data"]), key=float)
     for run in jobs:
         assert (
             f"(#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?" in own.data.tags["mlflow.note.content"]
         )
 
-    # The address that is printed opens a view which is a tag of the experiment.
+    # The link on the sweep's own page opens a view which is a tag of the experiment.
     state = json.loads(
         client.get_experiment(own.info.experiment_id).tags[f"mlflow.sharedViewState.{own.info.run_name}"]
     )
-    assert f"viewStateShareKey={own.info.run_name}" in ran.document["compare"]
+    assert f"viewStateShareKey={own.info.run_name}" in own.data.tags["mlflow.note.content"]
+    assert own.info.run_name in ran.document["compare"]
     listed = client.search_runs([own.info.experiment_id], state["searchFilter"])
     assert {run.info.run_id for run in listed} == {run.info.run_id for run in jobs}
     scatter, differs = state["compareRunCharts"]
