@@ -19,7 +19,7 @@ from loaders.errors import BadSpec
 from loaders.loading.load import load_weights
 from loaders.storage.address import Address
 from tests.making import make_source
-from tests.object_servers import http, s3
+from tests.object_servers import environment, http, s3
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, and sqlalchemy's
 
@@ -267,8 +267,8 @@ def test_a_sweep_looks_once_and_with_its_settings_of_stores(
 
     monkeypatch.setattr(Lookup, "checkpoint", counted)
     (tmp_path / "empty").mkdir()
-    with http(tmp_path / "empty") as (elsewhere, _):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", elsewhere.text)
+    # monkeypatch, older than the bucket's server, would set the variable back to that when it is gone.
+    with http(tmp_path / "empty") as (elsewhere, _), environment({"AWS_ENDPOINT_URL": elsewhere.text}):
         given = ("quant=nf4,hqq4", f"store.endpoint={endpoint}", f"output.root={tmp_path / 'outs'}")
         ran = weightmill("run", "-m", "model.path=models:/m/latest", *given)
     assert ran.status == 0, ran.err
