@@ -5,7 +5,7 @@ peft itself is not imported: its layers and models are known by their attributes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from loaders.models.ranks import Ranks, ranks_of
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def begin_dora(module: nn.Module, dtype: torch.dtype) -> None:
-    """Compute the magnitudes of new DoRA adapters in a module from the weights, which are whole at this time.
+def begin_dora(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Compute the magnitudes of new DoRA adapters of some layers from their weights, which are whole at this time.
 
     They were made when the weights were zeros, and so are zero; those of a loaded adapter are not, and stay.
     """
-    for layer in module.modules():
+    for layer in layers:
         vectors: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         for adapter, dora in vectors.items():
             before = dora.weight

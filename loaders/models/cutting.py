@@ -23,11 +23,12 @@ Place = tuple[nn.Module, str]  # a module and the name of a parameter in it
 class Unit:
     """A module that is cut at once: a decoder block, or the model, for what is in no block.
 
-    `filled` are the places that the checkpoint fills, by the parameters' names in the plain model; `added` those that
-    came with adapters.
+    `modules` are those within it, without those of blocks. `filled` are the places that the checkpoint fills, by the
+    parameters' names in the plain model; `added` those that came with adapters.
     """
 
     module: nn.Module
+    modules: tuple[nn.Module, ...]
     filled: Mapping[str, Place]
     added: tuple[Place, ...]
 
@@ -99,20 +100,21 @@ def _outermost(model: nn.Module, names: set[str]) -> Iterator[nn.Module]:
 
 def _units(modules: list[nn.Module], places: Mapping[str, Place]) -> list[Unit]:
     filled = {(id(owner), last): name for name, (owner, last) in places.items()}
-    units, seen = [], set()
+    units: list[Unit] = []
+    seen: set[int] = set()
     for module in modules:
-        mine, added = {}, []
-        for each in module.modules():
-            if id(each) in seen:
-                continue
-            seen.add(id(each))
+        own = tuple(each for each in module.modules() if id(each) not in seen)
+        seen |= {id(each) for each in own}
+        mine: dict[str, Place] = {}
+        added: list[Place] = []
+        for each in own:
             for last in (*each._parameters, *each._buffers):
                 name = filled.get((id(each), last))
                 if name is not None:
                     mine[name] = (each, last)
                 elif each._parameters.get(last) is not None:
                     added.append((each, last))
-        units.append(Unit(module, mine, tuple(added)))
+        units.append(Unit(module, own, mine, tuple(added)))
     return units
 
 
