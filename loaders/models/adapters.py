@@ -6,6 +6,8 @@ peft itself is not imported: its layers and models are known by their attributes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,18 +53,40 @@ def trained_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: whole.detach().cpu().clone() for name, whole in _whole(model) if is_first}
 
 
-def save_adapter(model: Any, folder: str) -> None:
+def save_adapter(model: Any, folder: str | Path) -> None:
     """Save the adapter of a peft model that `load_sharded_model` cut, in peft's files; all its ranks call it.
 
     Raises:
         BadSpec: the model has no adapter.
         WeightmillError: rank 0 could not write; raised on all ranks.
     """
-    peft_model = model.module if isinstance(model, FullyShardedDataParallel) else model
-    if not hasattr(peft_model, "peft_config"):
+    if not hasattr(model, "peft_config"):
         raise BadSpec("model: it has no adapter of peft to save; trained_weights gives what was trained")
     weights = trained_weights(model)
-    _ranks(model).from_first(lambda: peft_model.save_pretrained(folder, state_dict=weights))
+
+    def save() -> None:
+        with _unwrapped(model) as peft_model:
+            peft_model.save_pretrained(folder, state_dict=weights)
+
+    _ranks(model).from_first(save)
+
+
+@contextmanager
+def _unwrapped(model: Any) -> Iterator[Any]:
+    """Take the wrappers of FullyShardedDataParallel off a model for a while: peft finds weights by modules' names."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, FullyShardedDataParallel)
+    ]
+    try:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child.module
+        yield model.module if isinstance(model, FullyShardedDataParallel) else model
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 def _whole(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,8 +96,9 @@ def _whole(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         return
     for path, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel) and any(
-            each.requires_grad for each in module.module.parameters(recurse=False)
+        # The whole model comes first, whatever it trains: by it FullyShardedDataParallel gets to know its parts.
+        if isinstance(module, FullyShardedDataParallel) and (
+            module is model or any(each.requires_grad for each in module.module.parameters(recurse=False))
         ):
             with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=False):
                 yield from _own(path, module)

@@ -112,8 +112,9 @@ def trains_new_blocks(fsdp: int, path: str, quantize: str | None) -> Found:
     }
 
 
-def holds(fsdp: int, path: str, quantize: str | None) -> Found:
-    """Load a model, and say what this rank held."""
+def holds(fsdp: int, path: str, quantize: str | None, before: str) -> Found:
+    """Load a model, and say what this rank held; a small one before, which brings all code in."""
+    load_sharded_model(before, None, quantize, fsdp=fsdp)
     dist.barrier()
     with PeakMemory() as memory:
         model = load_sharded_model(path, None, quantize, fsdp=fsdp)

@@ -123,12 +123,13 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
         ("refuses_places", {"path": demo}),
         *(("fails", {"path": demo, "rank": rank, "what": what}) for rank, what, _ in FAILING),
     ]
-    four: list[Task] = [
-        *trained(4, TRAINED_BY_FOUR),
-        *(("holds", {"fsdp": fsdp, "path": folders["large"], "quantize": quantize}) for fsdp, quantize in HELD),
-    ]
+    # Fresh processes, that cannot take what they freed before.
+    held: dict[str, tuple[int, list[Task]]] = {
+        f"held-{number}": (4, [("holds", {"fsdp": fsdp, "path": folders["large"], "quantize": quantize, "before": demo})])
+        for number, (fsdp, quantize) in enumerate(HELD)
+    }
     return {
-        "two": (2, two), "four": (4, four), "killed": (2, [("is_killed", {"path": demo})]),
+        "two": (2, two), "four": (4, trained(4, TRAINED_BY_FOUR)), **held, "killed": (2, [("is_killed", {"path": demo})]),
         "alone": (1, [("without_group", {"path": demo})]),
     }  # fmt: skip
 
@@ -137,7 +138,7 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
 def found(folders: dict[str, str]) -> Found:
     """A function that gives what the ranks of a world found: for each of its tasks of a name, a record a rank."""
     asked = worlds(folders)
-    environment = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     process = start(
         "-m", "tests.loaders.models.sharded_ranks", json.dumps(asked), folders["folder"], environment=environment
     )
@@ -147,7 +148,8 @@ def found(folders: dict[str, str]) -> Found:
         process.kill()
         process.communicate()
     ended = dict(json.loads(line.removeprefix("ENDED ")) for line in out.splitlines() if line.startswith("ENDED "))
-    assert ended == {"two": [0, 0], "four": [0, 0, 0, 0], "killed": [-signal.SIGKILL, 0], "alone": [0]}, err[-5000:]
+    wanted = {world: [0] * count for world, (count, _) in asked.items()} | {"killed": [-signal.SIGKILL, 0]}
+    assert ended == wanted, err[-5000:]
     records: dict[tuple[str, int], dict[int, Any]] = {}
     for line in out.splitlines():
         if line.startswith("RESULT "):
@@ -202,7 +204,8 @@ def test_of_an_expanded_model_only_the_new_blocks_are_trained(found: Found) -> N
 
 def test_no_rank_holds_the_model(folders: dict[str, str], found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     """Not even the first: it reads a block at a time."""
-    for (fsdp, quantize), ranks in zip(HELD, found("four", "holds"), strict=True):
+    for number, (fsdp, quantize) in enumerate(HELD):
+        [ranks] = found(f"held-{number}", "holds")
         model = sum(each["held"] for each in ranks) + ranks[0]["states"]
         block = BLOCK * (9 / 16 if quantize else 2)  # half a byte a weight, and a float32 for 64 of them
         with capsys.disabled():
