@@ -21,26 +21,30 @@ from loaders.models.ranks import Ranks, ranks_of
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def begin_dora(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Compute the magnitudes of new DoRA adapters of some layers from their weights, which are whole at this time.
-
-    They were made when the weights were zeros, and so are zero; those of a loaded adapter are not, and stay.
-    """
+def dora_layers(layers: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
+    """Yield the DoRA adapters of some layers: the layer, the adapter's name, and the module with its magnitude."""
     for layer in layers:
         vectors: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         for adapter, dora in vectors.items():
-            before = dora.weight
-            if before.any():
-                continue
-            each: Any = layer
-            low, high = each.lora_A[adapter].weight, each.lora_B[adapter].weight
-            with torch.no_grad():
-                # In the model's dtype, as peft has them when it makes a magnitude, and casts the result.
-                dora.update_layer(
-                    base_layer=each.get_base_layer(), lora_A=low.to(dtype), lora_B=high.to(dtype),
-                    scaling=each.scaling[adapter],
-                )  # fmt: skip
-            dora.weight = nn.Parameter(dora.weight.detach().to(before), before.requires_grad)
+            yield layer, adapter, dora
+
+
+def begin_dora(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Compute the magnitudes of new DoRA adapters of some layers from their weights, which are whole at this time.
+
+    They were made when the weights were NaN, and so are NaN; those of a loaded adapter are not, and stay.
+    """
+    for layer, adapter, dora in dora_layers(layers):
+        before = dora.weight
+        if not before.isnan().any():
+            continue
+        # In the model's dtype, as peft has them when it makes a magnitude, and casts the result.
+        low, high = (each[adapter].weight.to(dtype) for each in (layer.lora_A, layer.lora_B))
+        with torch.no_grad():
+            dora.update_layer(
+                base_layer=layer.get_base_layer(), lora_A=low, lora_B=high, scaling=layer.scaling[adapter]
+            )
+        dora.weight = nn.Parameter(dora.weight.detach().to(before), before.requires_grad)
 
 
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from loaders.errors import BadSpec
+from loaders.models.adapters import dora_layers
 from loaders.models.ranks import Ranks
 from loaders.models.skeleton import Skeleton
 
@@ -57,35 +58,39 @@ def _place(model: nn.Module, name: str) -> Place:
 
 
 def _stand_in(model: nn.Module) -> None:
-    """Replace all parameters by zeros on the CPU that take no memory: adapters are initialized by device and dtype."""
-    made = {each: nn.Parameter(torch.zeros((), dtype=each.dtype).expand(each.shape), each.requires_grad)
-            for each in model.parameters()}  # fmt: skip
+    """Replace all parameters by one NaN each on the CPU, seen in their shapes.
+
+    Adapters are initialized for the device and dtype that they see; what they make of values that are not there is NaN.
+    """
+    made = {
+        each: nn.Parameter(torch.full((), torch.nan, dtype=each.dtype).expand(each.shape), each.requires_grad)
+        for each in model.parameters()
+    }
     for module in model.modules():
         module._parameters.update({name: made[each] for name, each in module._parameters.items() if each is not None})
-
-
-def _stands_in(parameter: torch.Tensor) -> bool:
-    return parameter.numel() > 1 and not any(parameter.stride())
 
 
 def _check_untouched(prepared: Any, places: Mapping[str, Place]) -> None:
     if not isinstance(prepared, nn.Module):
         raise BadSpec(f"prepare: expected the model that is to be cut, found {prepared!r:.80}; return it")
-    present, known = {id(module) for module in prepared.modules()}, {(id(owner), last) for owner, last in places.values()}
+    present = {id(module) for module in prepared.modules()}
     for name, (owner, last) in places.items():
         parameter = owner._parameters.get(last)
-        if id(owner) not in present or (parameter is not None and parameter.numel() > 1 and not _stands_in(parameter)):
+        if id(owner) not in present or (parameter is not None and parameter.numel() > 1 and any(parameter.stride())):
             raise BadSpec(
                 f"prepare: {name} was replaced or changed before its weights are there (as"
                 " prepare_model_for_kbit_training would, which is not needed here); add adapters only"
             )
+    known = {(id(owner), last) for owner, last in places.values()}
+    known |= {(id(dora), "weight") for _, _, dora in dora_layers(prepared.modules())}
     for path, module in prepared.named_modules():
         for last, parameter in module._parameters.items():
             is_new = parameter is not None and (id(module), last) not in known
-            if is_new and (parameter.is_meta or _stands_in(parameter)):  # type: ignore[union-attr]
+            if is_new and (parameter.is_meta or bool(parameter.detach().reshape(-1)[:1].isnan().any())):
                 raise BadSpec(
-                    f"prepare: {path}.{last} is a copy of a weight that is not there yet, or has no values (peft:"
-                    " modules_to_save; a saved adapter needs low_cpu_mem_usage=False); add adapters only"
+                    f"prepare: {path}.{last} is made of weights that are not there yet, or has no values (peft's"
+                    " modules_to_save, an init_lora_weights that looks at weights, low_cpu_mem_usage=True); leave"
+                    " that out"
                 )
 
 

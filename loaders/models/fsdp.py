@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def load_sharded_model(
     and alone are trained.
 
     prepare: takes the model and returns what is to be cut, usually with adapters:
-    `lambda model: get_peft_model(model, LoraConfig(...))`. The model's weights are zeros then, that take no memory, and
-    may not be touched; rank 0's adapters are sent to all, and DoRA's magnitudes follow from the weights once these are
+    `lambda model: get_peft_model(model, LoraConfig(...))`. The model's weights are not there then, and may not be touched; rank 0's adapters are sent to all, and DoRA's magnitudes follow from the weights once these are
     there.
 
     Raises:
@@ -141,8 +141,8 @@ def _not_held(scheme: Any, where: str) -> list[str]:
         return []
     said = f"hqq with {scheme.bits} bits" if isinstance(scheme, Hqq) else scheme.kind
     return [
-        f"{where}: weights of {said} cannot be held in shards: they are no bytes that a float dtype can carry, with all"
-        " else beside them; known: nf4, fp4, hqq8, hqq4, hqq2"
+        f"{where}: weights of {said} cannot be cut by FSDP, which keeps neither their dtype nor what belongs to a"
+        " parameter; known: nf4, fp4, hqq8, hqq4, hqq2"
     ]
 
 
@@ -184,6 +184,10 @@ def _open(path: str | Path, config: ModelLoadingConfig) -> _Source:
 
 
 def _check_schemes(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> None:
+    """Raise BadSpec unless all weights that stay quantized can be cut, and their engine is here."""
+    for engine in sorted({scheme.engine for scheme, _ in schemes.values()}):
+        if find_spec(engine) is None:
+            raise BadSpec(f"quantize: modules of {engine} need it: pip install {engine}")
     problems = []
     for name, (scheme, _) in schemes.items():
         where = f"path: {name}"

@@ -6,6 +6,7 @@ All ranks are started once, for the whole file: two together, then four, then su
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 from jobs.cli.main import main
-from loaders.places import DEMO
+from loaders.places import DEMO, ROOT
 from tests.making import LLAMA, weights, write_checkpoint
 from tests.processes import start
+from tests.test_readme import blocks
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -25,27 +27,29 @@ pytestmark = pytest.mark.engine
 
 Task = tuple[str, dict[str, Any]]
 Found = Callable[[str, str], list[list[dict[str, Any]]]]  # of a world's name and a task's
+PAGE = ROOT / "docs" / "training.md"
 MIB = 1 << 20
 HIDDEN, INNER, LAYERS, VOCABULARY = 512, 1408, 16, 512
 BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # weights
-# Beside weights a rank has torch's and Python's own small objects, and buffers of gloo: 3 MiB were measured at most.
+# Beside weights a rank has torch's and Python's own objects, and buffers of gloo: 2 MiB were measured at most.
 OWN = 6 * MIB
 # Ranks add their shares of a gradient, and a whole batch its rows, in another order; the model computes in bfloat16,
 # whose steps are 1/256. Adapters of hqq's own kind in peft begin in float32, ours in the model's dtype.
 TOLERANCE = {"nf4": 0.005, "hqq4": 0.02, None: 0.005}
 
 TRAINED: list[tuple[int, str, str | None, str]] = [
-    (2, "demo", "nf4", "lora"),
-    (2, "output", None, "dora"),
+    (2, "output", None, "lora"),
     (2, "demo", "hqq4", "dora"),
     (2, "demo", None, "lora"),
     (1, "demo", "nf4", "dora"),
-    (1, "output", None, "lora"),
     (1, "demo", "hqq4", "lora"),
 ]
-TRAINED_BY_FOUR = [(2, "demo", "nf4", "dora"), (1, "output", None, "dora")]
-EXPANDED = [(2, "demo", "nf4"), (1, "output", None)]
-HELD = [(2, "nf4"), (1, "nf4"), (2, None), (1, None)]
+TRAINED_BY_FOUR = [(2, "demo", "nf4", "dora"), (1, "output", None, "lora")]
+EXPANDED: list[tuple[int, str, str | None, dict[str, Any]]] = [
+    (2, "demo", "nf4", {"llama_pro_path": "expanded"}),
+    (1, "output", None, {"llama_pro_blocks": 1}),
+]
+HELD = [(2, "nf4"), (1, "nf4"), (2, None)]
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"quantize": "nf4"}, {"quantize": None}, "quantize: the ranks disagree: 'nf4' on rank 0, None on rank 1"),
     ({"path": "demo"}, {"path": "output"}, "path: the ranks disagree"),
@@ -54,12 +58,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"dtype": "float16"}, {}, "dtype: the ranks disagree: 'float16' on rank 0, not given on rank 1"),
     ({"fsdp": 1}, {"fsdp": 2}, "fsdp: the ranks disagree: 1 on rank 0, 2 on rank 1"),
     ({"fsdp": 3}, {"fsdp": 3}, "fsdp: expected 1 (FullyShardedDataParallel) or 2 (fully_shard), found 3"),
-    ({"quantize": "int8"}, {"quantize": "int8"}, "quantize: weights of int8 cannot be held in shards"),
-    ({"quantize": "hqq3"}, {"quantize": "hqq3"}, "quantize: weights of hqq with 3 bits cannot be held in shards"),
+    ({"quantize": "int8"}, {"quantize": "int8"}, "quantize: weights of int8 cannot be cut by FSDP"),
+    ({"quantize": "hqq3"}, {"quantize": "hqq3"}, "quantize: weights of hqq with 3 bits cannot be cut by FSDP"),
     ({"quantize": "nf5"}, {"quantize": "nf5"}, "quantize: unknown 'nf5'"),
     ({"quantize": "nf4"}, {"quantize": "nf5"}, "rank 1: quantize: unknown 'nf5'"),
     ({"path": "output", "quantize": "nf4"}, {"path": "output", "quantize": "nf4"}, "is quantized already"),
-    ({"path": "int8"}, {"path": "int8"}, "weights of llm_int8 cannot be held in shards"),
+    ({"path": "int8"}, {"path": "int8"}, "q_proj.weight: weights of int8 cannot be cut by FSDP"),
     ({"strategy": "streaming"}, {"strategy": "streaming"}, "strategy: streaming is for whole models"),
     ({"max_memory": {"cpu": 1}}, {"max_memory": {"cpu": 1}}, "max_memory: every rank holds the same share"),
     ({"fdsp": 2}, {"fdsp": 2}, "fdsp: no such setting"),
@@ -68,10 +72,11 @@ PLACES = {
     "mesh of two dimensions": "mesh_or_group: expected a mesh of one dimension, found (1, 2)",
     "a number": "mesh_or_group: expected a DeviceMesh or a process group, found 2",
     "nothing returned": "prepare: expected the model that is to be cut, found None; return it",
-    "copies": "is a copy of a weight that is not there yet",
+    "copies": "lm_head.modules_to_save.default.weight is made of weights that are not there yet",
     "casts": "was replaced or changed before its weights are there",
     "other adapters": "prepare (what it made): the ranks disagree",
     "no adapter": "model: it has no adapter of peft to save",
+    "no engine": "quantize: modules of bitsandbytes need it: pip install bitsandbytes",
     "group of others": "mesh_or_group: rank 1 is not of the group",
 }
 FAILING = [(0, "encoded", "BadCheckpoint: shard 3 is damaged"), (1, "_fill", "rank 1: MemoryError: no room")]
@@ -81,9 +86,9 @@ FAILING = [(0, "encoded", "BadCheckpoint: shard 3 is damaged"), (1, "_fill", "ra
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The demo, outputs of jobs from it, and a model of 100 MiB in bfloat16."""
     folder = tmp_path_factory.mktemp("sharded")
-    for quant in ("nf4", "int8"):
-        assert main(["run", "model=demo", f"quant={quant}", "cluster=local", "tracking=none",
-                     f"output.path={folder / quant}"]) == 0  # fmt: skip
+    expansion = ["quant=none", "transform=block_expansion", "transform.num_blocks=1"]
+    for name, job in {"nf4": ["quant=nf4"], "int8": ["quant=int8"], "expanded": expansion}.items():
+        assert main(["run", "model=demo", *job, "cluster=local", "tracking=none", f"output.path={folder / name}"]) == 0
     numbers = np.random.default_rng(0).normal(0, 0.02, (INNER, HIDDEN)).astype(np.float32)
     square, wide, tall = (weights(each, "BF16") for each in (numbers[:HIDDEN], numbers, numbers.T))
     ones = weights(np.ones(HIDDEN), "BF16")
@@ -97,13 +102,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **LLAMA, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
         "vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": "bfloat16",
     }  # fmt: skip
+    shutil.copytree(DEMO, folder / "demo")  # where the page's programs look for it
     large = write_checkpoint(folder / "large", tensors, config=config, shards=2)
-    return {"demo": str(DEMO), "output": str(folder / "nf4"), "int8": str(folder / "int8"), "large": str(large),
-            "nowhere": str(folder / "nowhere"), "folder": str(folder)}  # fmt: skip
+    return {"demo": str(DEMO), "output": str(folder / "nf4"), "int8": str(folder / "int8"),
+            "expanded": str(folder / "expanded"), "large": str(large), "nowhere": str(folder / "nowhere"), "folder": str(folder)}  # fmt: skip
 
 
 def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
     demo = folders["demo"]
+    (_, training), (_, loading) = blocks(PAGE.read_text())
 
     def trained(world: int, cases: list[tuple[int, str, str | None, str]]) -> list[Task]:
         return [
@@ -113,11 +120,14 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
         ]  # fmt: skip
 
     def given(settings: dict[str, Any]) -> dict[str, Any]:
-        return {name: folders[value] if name == "path" else value for name, value in settings.items()}
+        return {name: folders[value] if name in ("path", "llama_pro_path") else value for name, value in settings.items()}
 
     two: list[Task] = [
         *trained(2, TRAINED),
-        *(("trains_new_blocks", {"fsdp": f, "path": folders[path], "quantize": q}) for f, path, q in EXPANDED),
+        *(
+            ("trains_new_blocks", {"fsdp": fsdp, "path": folders[path], "quantize": quantize, "expanded": given(how)})
+            for fsdp, path, quantize, how in EXPANDED
+        ),
         ("repacks_nothing", {"path": demo}),
         *(("refused", {"path": demo, "first": given(a), "others": given(b)}) for a, b, _ in REFUSED),
         ("refuses_places", {"path": demo}),
@@ -131,6 +141,7 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
     return {
         "two": (2, two), "four": (4, trained(4, TRAINED_BY_FOUR)), **held, "killed": (2, [("is_killed", {"path": demo})]),
         "alone": (1, [("without_group", {"path": demo})]),
+        "program": (2, [("runs_programs", {"folder": folders["folder"], "training": training, "loading": loading})]),
     }  # fmt: skip
 
 
@@ -138,9 +149,9 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
 def found(folders: dict[str, str]) -> Found:
     """A function that gives what the ranks of a world found: for each of its tasks of a name, a record a rank."""
     asked = worlds(folders)
-    environment = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     process = start(
-        "-m", "tests.loaders.models.sharded_ranks", json.dumps(asked), folders["folder"], environment=environment
+        "-m", "tests.loaders.models.sharded_ranks", json.dumps(asked), environment=environment
     )
     try:
         out, err = process.communicate(timeout=500)
@@ -215,7 +226,7 @@ def test_no_rank_holds_the_model(folders: dict[str, str], found: Found, capsys: 
                 f" {(ranks[0]['held'] + ranks[0]['states']) / MIB:.1f}, a block {block / MIB:.1f}; held at most {peaks}",
                 end="",
             )
-        for each in ranks[1:]:
+        for each in ranks:
             # A block as it comes, and as FullyShardedDataParallel lays it out before it is cut.
             bound = each["held"] + each["states"] + 2 * block + OWN
             assert bound < 0.75 * model
@@ -251,3 +262,9 @@ def test_a_fault_of_one_rank_ends_all_with_its_error(found: Found) -> None:
 def test_ranks_end_when_another_is_killed(found: Found) -> None:
     [[left]] = found("killed", "is_killed")
     assert left["error"] is not None
+
+
+def test_the_programs_of_the_page_run(found: Found) -> None:
+    [[first, other]] = found("program", "runs_programs")
+    assert first["adapters"] == 21  # on each linear layer of the demo
+    assert other["adapters"] is None
