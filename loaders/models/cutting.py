@@ -48,7 +48,9 @@ def prepared_units(skeleton: Skeleton, prepare: Prepare | None) -> tuple[Any, li
     _check_untouched(prepared, places)
     modules = [*_outermost(prepared, blocks), prepared]
     if len(modules) == 1:
-        raise BadSpec(f"path: transformers does not say what the blocks of {type(model).__name__} are: it cannot be cut")
+        raise BadSpec(
+            f"path: transformers does not say what the blocks of {type(model).__name__} are: it cannot be cut"
+        )
     return prepared, _units(modules, places)
 
 
@@ -149,7 +151,7 @@ def _replaced(model: Any, module: nn.Module, by: nn.Module) -> Any:
 
 
 def _wrapped(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """Wrap a module, and before that those within it whose weights are of another dtype or trained where others are not.
+    """Wrap a module, and before that those within it that differ from the rest in dtype or in being trained.
 
     FullyShardedDataParallel lays the weights of a module out in one tensor, which is of one dtype and trained or not.
     """

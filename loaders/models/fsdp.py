@@ -80,8 +80,8 @@ def load_sharded_model(
     and alone are trained.
 
     prepare: takes the model and returns what is to be cut, usually with adapters:
-    `lambda model: get_peft_model(model, LoraConfig(...))`. The model's weights are not there then, and may not be touched; rank 0's adapters are sent to all, and DoRA's magnitudes follow from the weights once these are
-    there.
+    `lambda model: get_peft_model(model, LoraConfig(...))`. The model's weights are not there then, and may not be
+    touched; rank 0's adapters are sent to all, and DoRA's magnitudes follow from the weights once these are there.
 
     Raises:
         BadSpec: there is no group, the ranks do not ask for the same, or what they ask for cannot be done.
@@ -197,8 +197,8 @@ def _check_schemes(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]
         [logical], dtype = skeleton.parameters[name], skeleton.model.get_parameter(name).dtype
         if _unit_bytes(scheme, logical.spec) % dtype.itemsize:
             problems.append(
-                f"{where} {list(logical.shape)}: its packed weights are no whole number of {dtype}, in which FSDP holds"
-                " them; leave quantize out, or make an output by a job with a rule that keeps this tensor, and load that"
+                f"{where} {list(logical.shape)}: its packed weights are no whole number of {dtype}, in which FSDP has"
+                " them; leave quantize out, or make an output by a job with a rule that keeps this tensor"
             )
     if problems:
         raise BadSpec(problems)

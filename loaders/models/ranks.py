@@ -88,7 +88,8 @@ class Ranks:
         """
         outcome = [_attempt(work) if self.is_first else None]
         dist.broadcast_object_list(outcome, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return _results(outcome)[0]
+        result: T = _results(outcome)[0]
+        return result
 
     def send(self, read: Callable[[], Iterator[Named]]) -> Iterator[Named]:
         """Yield on all ranks, on their devices, the tensors that rank 0 reads. It reads all before the first is sent.
@@ -141,9 +142,7 @@ def ranks_of(mesh_or_group: Any) -> Ranks:
         return Ranks(mesh, _device(mesh.device_type))
     group = dist.group.WORLD if mesh_or_group is None else mesh_or_group
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise BadSpec(
-            f"mesh_or_group: rank {dist.get_rank()} is not of the group; call this on the group's ranks only"
-        )
+        raise BadSpec(f"mesh_or_group: rank {dist.get_rank()} is not of the group; call this on the group's ranks only")
     if not isinstance(group, dist.ProcessGroup):
         raise BadSpec(f"mesh_or_group: expected a DeviceMesh or a process group, found {mesh_or_group!r:.80}")
     device_type = "cuda" if "nccl" in dist.get_backend(group) else "cpu"

@@ -153,7 +153,7 @@ def refused(path: str, first: Mapping[str, Any], others: Mapping[str, Any]) -> F
 
 def refuses_places(path: str) -> Found:
     """Meshes and groups that cannot be, and models that `prepare` spoils."""
-    world = dist.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
     alone = dist.new_group([0])
     found = {
         "mesh of two dimensions": lambda: load_sharded_model(path, init_device_mesh("cpu", (1, world))),
@@ -162,10 +162,10 @@ def refuses_places(path: str) -> Found:
         "copies": lambda: load_sharded_model(path, prepare=lambda model: get_peft_model(
             model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))),
         "casts": lambda: load_sharded_model(path, prepare=lambda model: model.float()),
-        "other adapters": lambda: load_sharded_model(path, prepare=with_adapters("dora" if dist.get_rank() else "lora")),
+        "other adapters": lambda: load_sharded_model(path, prepare=with_adapters("dora" if rank else "lora")),
         "no adapter": lambda: save_adapter(load_sharded_model(path), "/nowhere"),
     }  # fmt: skip
-    if dist.get_rank():
+    if rank:
         found["group of others"] = lambda: load_sharded_model(path, alone)
     with replaced(sharded, "find_spec", lambda name: None):
         without = error_of(lambda: load_sharded_model(path, None, "nf4"))

@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,8 +103,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }  # fmt: skip
     shutil.copytree(DEMO, folder / "demo")  # where the page's programs look for it
     large = write_checkpoint(folder / "large", tensors, config=config, shards=2)
-    return {"demo": str(DEMO), "output": str(folder / "nf4"), "int8": str(folder / "int8"),
-            "expanded": str(folder / "expanded"), "large": str(large), "nowhere": str(folder / "nowhere"), "folder": str(folder)}  # fmt: skip
+    made = {name: str(folder / name) for name in ("int8", "expanded", "nowhere")}
+    return {**made, "demo": str(DEMO), "output": str(folder / "nf4"), "large": str(large), "folder": str(folder)}
 
 
 def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
@@ -120,7 +119,9 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
         ]  # fmt: skip
 
     def given(settings: dict[str, Any]) -> dict[str, Any]:
-        return {name: folders[value] if name in ("path", "llama_pro_path") else value for name, value in settings.items()}
+        return {
+            name: folders[value] if name in ("path", "llama_pro_path") else value for name, value in settings.items()
+        }
 
     two: list[Task] = [
         *trained(2, TRAINED),
@@ -135,11 +136,15 @@ def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
     ]
     # Fresh processes, that cannot take what they freed before.
     held: dict[str, tuple[int, list[Task]]] = {
-        f"held-{number}": (4, [("holds", {"fsdp": fsdp, "path": folders["large"], "quantize": quantize, "before": demo})])
+        f"held-{number}": (
+            4,
+            [("holds", {"fsdp": fsdp, "path": folders["large"], "quantize": quantize, "before": demo})],
+        )
         for number, (fsdp, quantize) in enumerate(HELD)
     }
     return {
-        "two": (2, two), "four": (4, trained(4, TRAINED_BY_FOUR)), **held, "killed": (2, [("is_killed", {"path": demo})]),
+        "two": (2, two), "four": (4, trained(4, TRAINED_BY_FOUR)), **held,
+        "killed": (2, [("is_killed", {"path": demo})]),
         "alone": (1, [("without_group", {"path": demo})]),
         "program": (2, [("runs_programs", {"folder": folders["folder"], "training": training, "loading": loading})]),
     }  # fmt: skip
@@ -150,9 +155,7 @@ def found(folders: dict[str, str]) -> Found:
     """A function that gives what the ranks of a world found: for each of its tasks of a name, a record a rank."""
     asked = worlds(folders)
     environment = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    process = start(
-        "-m", "tests.loaders.models.sharded_ranks", json.dumps(asked), environment=environment
-    )
+    process = start("-m", "tests.loaders.models.sharded_ranks", json.dumps(asked), environment=environment)
     try:
         out, err = process.communicate(timeout=500)
     finally:
@@ -219,11 +222,11 @@ def test_no_rank_holds_the_model(folders: dict[str, str], found: Found, capsys: 
         [ranks] = found(f"held-{number}", "holds")
         model = sum(each["held"] for each in ranks) + ranks[0]["states"]
         block = BLOCK * (9 / 16 if quantize else 2)  # half a byte a weight, and a float32 for 64 of them
+        part, peak = ranks[0]["held"] + ranks[0]["states"], max(each["peak"] for each in ranks)
         with capsys.disabled():
-            peaks = ", ".join(f"{each['peak'] / MIB:.1f}" for each in ranks)
             print(
-                f"\n  fsdp={fsdp} quantize={quantize}: model {model / MIB:.1f} MiB, of it on each rank"
-                f" {(ranks[0]['held'] + ranks[0]['states']) / MIB:.1f}, a block {block / MIB:.1f}; held at most {peaks}",
+                f"\n  fsdp={fsdp} quantize={quantize}: model {model / MIB:.1f} MiB, a rank's part {part / MIB:.1f},"
+                f" a block {block / MIB:.1f}, held at most {peak / MIB:.1f}",
                 end="",
             )
         for each in ranks:
