@@ -25,7 +25,7 @@ from torch import nn
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadSpec
 from loaders.models.adapters import begin_dora
-from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.config import ModelLoadingConfig
 from loaders.models.cutting import Prepare, Unit, cut, prepared_units
 from loaders.models.hub_cache import place_of_model
 from loaders.models.loading import (
@@ -48,6 +48,10 @@ from loaders.storage.hashes import text_digest
 from loaders.tensors.block_expansion import BLOCK, expand_checkpoint, expand_sources, expansion_of
 from loaders.tensors.encoding import Encoding
 
+# The fields of ModelLoadingConfig that can be given.
+SETTINGS = (
+    "attention", "decode", "dtype", "ignore_unexpected", "llama_pro_blocks", "llama_pro_path", "use_cache", "workers",
+)  # fmt: skip
 PACKED: dict[type, str] = {Bnb4: "weight", Hqq: "W_q"}  # the role of a scheme's packed weights
 
 
@@ -75,9 +79,8 @@ def load_sharded_model(
     mesh_or_group: a DeviceMesh of one dimension, or a process group, by default that of all ranks; weights go to the
     mesh's kind of device, or with NCCL to the current CUDA device. quantize: nf4, fp4, hqq8, hqq4 or hqq2, or such a
     scheme, for plain weights; what a checkpoint holds in these formats stays so. fsdp: 2 cuts by `fully_shard`, 1 by
-    `FullyShardedDataParallel` (use_orig_params=False). settings: fields of ModelLoadingConfig, such as dtype,
-    attention, decode, workers, use_cache, and llama_pro_blocks or llama_pro_path, with which the new blocks stay plain
-    and alone are trained.
+    `FullyShardedDataParallel` (use_orig_params=False). settings: the fields of ModelLoadingConfig in SETTINGS; with
+    llama_pro_blocks or llama_pro_path the new blocks stay plain and alone are trained.
 
     prepare: takes the model and returns what is to be cut, usually with adapters:
     `lambda model: get_peft_model(model, LoraConfig(...))`. The model's weights are not there then, and may not be
@@ -124,10 +127,12 @@ def _config(quantize: Scheme | str | None, fsdp: int, settings: Mapping[str, Any
     problems = []
     if fsdp not in (1, 2) or isinstance(fsdp, bool):
         problems.append(f"fsdp: expected 1 (FullyShardedDataParallel) or 2 (fully_shard), found {fsdp!r}")
-    if config.strategy is not LoadingStrategy.FULL:
-        problems.append(f"strategy: {config.strategy} is for whole models; a sharded model is loaded block by block")
-    if config.max_memory is not None:
-        problems.append("max_memory: every rank holds the same share; leave it out")
+    problems += [
+        f"{name}: it is not for a model that is cut over ranks, whose devices and shares follow from mesh_or_group;"
+        f" leave it out. Taken are {', '.join(SETTINGS)}"
+        for name in settings
+        if name not in SETTINGS
+    ]
     if config.scheme is not None:
         problems += _not_held(config.scheme, "quantize")
     if problems:
@@ -148,39 +153,45 @@ def _not_held(scheme: Any, where: str) -> list[str]:
 
 def _open(path: str | Path, config: ModelLoadingConfig) -> _Source:
     """Open a checkpoint's headers and build the model, without weights."""
-    checkpoint = open_checkpoint(place_of_model(path), key="path")
-    added = config.llama_pro_blocks
-    if config.llama_pro_path is not None:
-        base, checkpoint = checkpoint, open_checkpoint(place_of_model(config.llama_pro_path), key="llama_pro_path")
-        check_expanded(base, checkpoint)
-        added = checkpoint.config["num_hidden_layers"] - base.config["num_hidden_layers"]
-        blocks = expansion_of(base, added).origins
-    elif added:
-        blocks = expansion_of(checkpoint, added).origins
+    checkpoint, new = _expansion(open_checkpoint(place_of_model(path), key="path"), config)
     sources = sources_of(checkpoint, config)
     if needs_transformers(sources, config):
         raise BadSpec(
-            f"path: {checkpoint.address} is quantized by {checkpoint.quantized_by}, whose weights cannot be held in"
-            " shards; decode=True loads them as floats"
+            f"path: {checkpoint.address} is quantized by {checkpoint.quantized_by}, whose weights FSDP cannot cut;"
+            " decode=True loads them as floats"
         )
     if config.llama_pro_blocks:
-        sources = expand_sources(checkpoint, sources, added)
-        checkpoint = expand_checkpoint(checkpoint, added)
+        sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
+        checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
     skeleton = skeleton_of(
         checkpoint, sources, dtype=config.dtype, attention=config.attention, ignore_unexpected=config.ignore_unexpected
     )
     set_generation(skeleton.model, checkpoint)
     skeleton.model.name_or_path = str(path)  # which adapters name as their base
     schemes = schemes_of(checkpoint, sources, skeleton, config)
-    if added:
-        new = {f"{number}" for number, (_, is_new) in enumerate(blocks) if is_new}
-        is_new_s = {name: bool((found := BLOCK.match(name)) and found["number"] in new) for name in skeleton.parameters}
-        schemes = {name: scheme for name, scheme in schemes.items() if not is_new_s[name]}
+    if new:
+        schemes = {name: scheme for name, scheme in schemes.items() if _block_of(name) not in new}
         for name, parameter in skeleton.model.named_parameters():
-            parameter.requires_grad_(is_new_s.get(name, False))
+            parameter.requires_grad_(_block_of(name) in new)
     _check_schemes(skeleton, schemes)
     dtype = next(skeleton.model.get_parameter(name).dtype for name in (*schemes, *skeleton.parameters))
     return _Source(checkpoint, skeleton, schemes, dtype)
+
+
+def _expansion(base: Checkpoint, config: ModelLoadingConfig) -> tuple[Checkpoint, frozenset[int]]:
+    """Return the checkpoint that is read, and the numbers that new blocks have in the expanded model."""
+    checkpoint, count = base, config.llama_pro_blocks
+    if config.llama_pro_path is not None:
+        checkpoint = open_checkpoint(place_of_model(config.llama_pro_path), key="llama_pro_path")
+        check_expanded(base, checkpoint)
+        count = checkpoint.config["num_hidden_layers"] - base.config["num_hidden_layers"]
+    origins = expansion_of(base, count).origins if count else ()
+    return checkpoint, frozenset(number for number, (_, is_new) in enumerate(origins) if is_new)
+
+
+def _block_of(name: str) -> int | None:
+    match = BLOCK.match(name)
+    return None if match is None else int(match["number"])
 
 
 def _check_schemes(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> None:

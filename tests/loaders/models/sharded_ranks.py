@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from loaders.backends.memory import PeakMemory
 from loaders.errors import BadCheckpoint, BadSpec, WeightmillError
+from loaders.models import cutting, load_model_and_tokenizer, load_sharded_model, save_adapter, trained_weights
 from loaders.models import fsdp as sharded
-from loaders.models import load_model_and_tokenizer, load_sharded_model, save_adapter, trained_weights
 from loaders.models.weights import ModelWeights
 
 Found = dict[str, Any]
@@ -42,6 +42,12 @@ LIMIT_S = 200  # of a world: what hangs is killed
 def with_adapters(kind: str) -> Callable[[Any], Any]:
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], use_dora=kind == "dora")
     return lambda model: get_peft_model(model, config)
+
+
+def with_a_float(model: Any) -> Any:
+    """Give a matrix of bfloat16 a parameter of float32 beside it."""
+    model.model.layers[0].mlp.up_proj.scale = torch.nn.Parameter(torch.ones(1))
+    return model
 
 
 def train(model: Any, ids: torch.Tensor) -> list[float]:
@@ -163,13 +169,16 @@ def refuses_places(path: str) -> Found:
             model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))),
         "casts": lambda: load_sharded_model(path, prepare=lambda model: model.float()),
         "other adapters": lambda: load_sharded_model(path, prepare=with_adapters("dora" if rank else "lora")),
+        "mixed": lambda: load_sharded_model(path, fsdp=1, prepare=with_a_float),
         "no adapter": lambda: save_adapter(load_sharded_model(path), "/nowhere"),
     }  # fmt: skip
     if rank:
         found["group of others"] = lambda: load_sharded_model(path, alone)
     with replaced(sharded, "find_spec", lambda name: None):
-        without = error_of(lambda: load_sharded_model(path, None, "nf4"))
-    return {"no engine": without} | {name: error_of(work) for name, work in found.items()}
+        without = {"no engine": error_of(lambda: load_sharded_model(path, None, "nf4"))}
+    with replaced(cutting, "_outermost", lambda *_: iter(())):
+        without["no blocks"] = error_of(lambda: load_sharded_model(path))
+    return without | {name: error_of(work) for name, work in found.items()}
 
 
 def fails(path: str, rank: int, what: str) -> Found:
@@ -241,7 +250,7 @@ def run(rank: int, world: str, count: int, port: int, tasks: Tasks) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "RANK": f"{rank}", "WORLD_SIZE": f"{count}"}
     if world not in WITHOUT_GROUP:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     for number, (name, arguments) in enumerate(tasks):
         found = globals()[name](**arguments)
         print(f"RESULT {json.dumps([world, number, rank, found])}\n", end="", flush=True)

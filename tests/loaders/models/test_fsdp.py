@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,20 @@ import pytest
 
 from jobs.cli.main import main
 from loaders.places import DEMO, ROOT
-from tests.making import LLAMA, weights, write_checkpoint
+from tests.making import LLAMA, TORCH_NAMES, weights, write_checkpoint
 from tests.processes import start
 from tests.test_readme import blocks
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 Task = tuple[str, dict[str, Any]]
 Found = Callable[[str, str], list[list[dict[str, Any]]]]  # of a world's name and a task's
 PAGE = ROOT / "docs" / "training.md"
 MIB = 1 << 20
-HIDDEN, INNER, LAYERS, VOCABULARY = 512, 1408, 16, 512
+NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}  # safetensors' for torch's
+HIDDEN, INNER, LAYERS = 512, 1408, 16
 BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # weights
 # Beside weights a rank has torch's and Python's own objects, and buffers of gloo: 2 MiB were measured at most.
 OWN = 6 * MIB
@@ -63,8 +65,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"quantize": "nf4"}, {"quantize": "nf5"}, "rank 1: quantize: unknown 'nf5'"),
     ({"path": "output", "quantize": "nf4"}, {"path": "output", "quantize": "nf4"}, "is quantized already"),
     ({"path": "int8"}, {"path": "int8"}, "q_proj.weight: weights of int8 cannot be cut by FSDP"),
-    ({"strategy": "streaming"}, {"strategy": "streaming"}, "strategy: streaming is for whole models"),
-    ({"max_memory": {"cpu": 1}}, {"max_memory": {"cpu": 1}}, "max_memory: every rank holds the same share"),
+    ({"path": "odd", "quantize": "nf4"}, {"path": "odd", "quantize": "nf4"}, "are no whole number of torch.float32"),
+    ({"strategy": "streaming"}, {"strategy": "streaming"}, "strategy: it is not for a model that is cut"),
+    ({"max_memory": {"cpu": 1}}, {"max_memory": {"cpu": 1}}, "max_memory: it is not for a model that is cut"),
+    ({"backend": "cuda"}, {"backend": "cuda"}, "backend: it is not for a model that is cut over ranks"),
     ({"fdsp": 2}, {"fdsp": 2}, "fdsp: no such setting"),
 ]
 PLACES = {
@@ -75,6 +79,8 @@ PLACES = {
     "casts": "was replaced or changed before its weights are there",
     "other adapters": "prepare (what it made): the ranks disagree",
     "no adapter": "model: it has no adapter of peft to save",
+    "mixed": "fsdp: the weights of a Linear are of several dtypes, or trained in part (torch.bfloat16, torch.float32)",
+    "no blocks": "path: transformers does not say what the blocks of LlamaForCausalLM are",
     "no engine": "quantize: modules of bitsandbytes need it: pip install bitsandbytes",
     "group of others": "mesh_or_group: rank 1 is not of the group",
 }
@@ -88,23 +94,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     expansion = ["quant=none", "transform=block_expansion", "transform.num_blocks=1"]
     for name, job in {"nf4": ["quant=nf4"], "int8": ["quant=int8"], "expanded": expansion}.items():
         assert main(["run", "model=demo", *job, "cluster=local", "tracking=none", f"output.path={folder / name}"]) == 0
-    numbers = np.random.default_rng(0).normal(0, 0.02, (INNER, HIDDEN)).astype(np.float32)
-    square, wide, tall = (weights(each, "BF16") for each in (numbers[:HIDDEN], numbers, numbers.T))
-    ones = weights(np.ones(HIDDEN), "BF16")
+    shutil.copytree(DEMO, folder / "demo")  # where the page's programs look for it
+    write_llama(folder / "large", HIDDEN, INNER, LAYERS, "bfloat16")
+    write_llama(folder / "odd", 6, 6, 1, "float32")
+    made = {name: str(folder / name) for name in ("int8", "expanded", "large", "odd", "nowhere")}
+    return {**made, "demo": str(DEMO), "output": str(folder / "nf4"), "folder": str(folder)}
+
+
+def write_llama(folder: Path, hidden: int, inner: int, layers: int, dtype: str) -> None:
+    """Write a Llama whose blocks are all alike."""
+    numbers = np.random.default_rng(0).normal(0, 0.02, (inner, hidden)).astype(np.float32)
+    square, wide, tall = (weights(each, NAMES[dtype]) for each in (numbers[:hidden], numbers, numbers.T))
+    ones = weights(np.ones(hidden), NAMES[dtype])
     tensors = {"model.embed_tokens.weight": square, "lm_head.weight": square, "model.norm.weight": ones}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         name = f"model.layers.{layer}."
         tensors |= {f"{name}self_attn.{p}_proj.weight": square for p in "qkvo"}
         tensors |= {f"{name}mlp.{p}_proj.weight": wide for p in ("gate", "up")} | {f"{name}mlp.down_proj.weight": tall}
         tensors |= {f"{name}{p}_layernorm.weight": ones for p in ("input", "post_attention")}
     config = {
-        **LLAMA, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
-        "vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": "bfloat16",
+        **LLAMA, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": hidden,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "dtype": dtype,
     }  # fmt: skip
-    shutil.copytree(DEMO, folder / "demo")  # where the page's programs look for it
-    large = write_checkpoint(folder / "large", tensors, config=config, shards=2)
-    made = {name: str(folder / name) for name in ("int8", "expanded", "nowhere")}
-    return {**made, "demo": str(DEMO), "output": str(folder / "nf4"), "large": str(large), "folder": str(folder)}
+    write_checkpoint(folder, tensors, config=config)
 
 
 def worlds(folders: dict[str, str]) -> dict[str, tuple[int, list[Task]]]:
