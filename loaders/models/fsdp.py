@@ -295,11 +295,6 @@ def _fill(model: nn.Module, source: _Source, unit: Unit, parts: Sequence[Named],
 def _finish(model: Any, source: _Source, unit: Unit, ranks: Ranks, fsdp: int) -> Any:
     """Cut a unit whose weights are there."""
     begin_dora(unit.modules, source.dtype)
-    for module in unit.module.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and getattr(weight, "quant_state", None) is not None:
-            # FSDP makes tensors like the parameter, which Params4bit would give a state of its own.
-            module.weight = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
     return cut(model, unit.module, ranks, fsdp)
 
 

@@ -36,7 +36,7 @@ BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # weights
 OWN = 6 * MIB
 # Ranks add their shares of a gradient, and a whole batch its rows, in another order; the model computes in bfloat16,
 # whose steps are 1/256. Adapters of hqq's own kind in peft begin in float32, ours in the model's dtype.
-TOLERANCE = {"nf4": 0.005, "hqq4": 0.02, None: 0.005}
+TOLERANCE = {"nf4": 0.001, "hqq4": 0.002, None: 0.001}
 
 TRAINED: list[tuple[int, str, str | None, str]] = [
     (2, "output", None, "lora"),
@@ -203,7 +203,7 @@ def test_adapters_are_saved_and_loaded(world: str, cases: list[Any], found: Foun
     """By peft into a whole model, and into one that is cut anew."""
     for case, [first, *others] in zip(cases, found(world, "trains"), strict=True):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {*first["files"]}
-        assert first["saved"] <= 0.02, case
+        assert first["saved"] == 0, case
         assert all(each["resumed"] for each in (first, *others)), case
 
 
