@@ -18,8 +18,11 @@ __all__ = [
     "Quality",
     "evaluate",
     "load_model_and_tokenizer",
+    "load_sharded_model",
     "open_weights",
+    "save_adapter",
     "skeleton_of",
+    "trained_weights",
 ]
 NEEDED = ("torch", "transformers", "accelerate")
 
@@ -45,6 +48,14 @@ def _imported(name: str) -> Any:
         from loaders.models.loading import load_model_and_tokenizer
 
         return load_model_and_tokenizer
+    if name == "load_sharded_model":
+        from loaders.models.fsdp import load_sharded_model
+
+        return load_sharded_model
+    if name in ("save_adapter", "trained_weights"):
+        from loaders.models import adapters
+
+        return getattr(adapters, name)
     if name in ("Quality", "evaluate"):
         from loaders.models import evaluating
 

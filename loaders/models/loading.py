@@ -125,7 +125,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
     device = best() if config.backend == "auto" else config.backend
     device = "cpu" if device == "mlx" else device
     sources = sources_of(checkpoint, config)
-    if _needs_transformers(sources, config):
+    if needs_transformers(sources, config):
         return from_transformers(checkpoint, config, device)
     if config.llama_pro_blocks:
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
@@ -135,7 +135,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
         ignore_unexpected=config.ignore_unexpected,
     )  # fmt: skip
     model = skeleton.model
-    _set_generation(model, checkpoint)
+    set_generation(model, checkpoint)
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
@@ -173,7 +173,7 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
     return tensors_of(checkpoint, decode=True)
 
 
-def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
+def needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
     """Whether some quantized tensors have modules in transformers only."""
     if config.decode or config.strategy is not LoadingStrategy.FULL or config.llama_pro_blocks:
         return False
@@ -263,7 +263,7 @@ def fill_model(
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))
     encodings = {
-        name: _encoding(weights, skeleton.parameters[name], s) for name, (s, is_new) in schemes.items() if is_new
+        name: encoding_of(weights, skeleton.parameters[name], s) for name, (s, is_new) in schemes.items() if is_new
     }
     plain = [name for name in skeleton.parameters if name not in schemes]
     weights.expect({**dict.fromkeys([*plain, *schemes]), **encodings})
@@ -295,13 +295,15 @@ def fill_model(
         raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
-def _encoding(weights: ModelWeights, parts: Parts, scheme: Scheme) -> Encoding:
+def encoding_of(weights: ModelWeights, parts: Parts, scheme: Scheme) -> Encoding:
+    """Return how a parameter is encoded: from the dtype that the config says, whatever the file has."""
     [logical], wanted = parts, load_dtype(weights.checkpoint.config)
     cast = None if wanted == logical.dtype else wanted
     return Encoding(tensor=logical, action="quantize", scheme=scheme, cast=cast)
 
 
-def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
+def set_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model the generation_config.json of its checkpoint, if there is one."""
     if checkpoint.source.find("generation_config.json") is not None:
         with small_files(checkpoint) as folder:
             model.generation_config = generation_config_from(folder)

@@ -31,7 +31,7 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
     rows, columns = spec.shape
     made: Any = bitsandbytes.nn.Linear4bit(
         columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=scheme.table,
-        compress_statistics=scheme.double_quant, device="meta",
+        compress_statistics=scheme.double_quant, quant_storage=stored["weight"].dtype, device="meta",
     )  # fmt: skip
     statistics = {role.removeprefix("weight."): part.to(device) for role, part in stored.items() if role != "weight"}
     made.weight = bitsandbytes.nn.Params4bit.from_prequantized(
@@ -70,7 +70,7 @@ def hqq_linear(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: 
             "axis": scheme.axis,
             "packing": PACKING[scheme.bits],
             "unpack_view_dtype": torch.int32 if scheme.bits == 3 else torch.uint8,
-            "view_as_float": False,
+            "view_as_float": stored["W_q"].is_floating_point(),
             "quant_scale": False,
             "quant_zero": False,
             "compute_dtype": dtype,
