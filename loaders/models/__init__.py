@@ -10,12 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from loaders.errors import BadSpec
-from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
+from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
 
 __all__ = [
+    "Backend",
     "LoadingStrategy",
+    "ModelLoader",
+    "ModelLoaderFactory",
     "ModelLoadingConfig",
     "Quality",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedModelLoader",
+    "StandardModelLoader",
     "evaluate",
     "load_model_and_tokenizer",
     "open_weights",
@@ -45,6 +53,10 @@ def _imported(name: str) -> Any:
         from loaders.models.loading import load_model_and_tokenizer
 
         return load_model_and_tokenizer
+    if name in ("ModelLoader", "ModelLoaderFactory", "QuantizedModelLoader", "StandardModelLoader"):
+        from loaders.models import model_loaders
+
+        return getattr(model_loaders, name)
     if name in ("Quality", "evaluate"):
         from loaders.models import evaluating
 
