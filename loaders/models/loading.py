@@ -119,7 +119,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
     if is_shared or config.offload_to_cpu:
         device = "cpu"
     sources = sources_of(checkpoint, config)
-    if not is_shared and _needs_transformers(sources, config):
+    if not is_shared and checkpoint.quantized_by != "mlx" and _needs_transformers(sources, config):
         opened.say("loading modules that transformers makes itself, by from_pretrained")
         return from_transformers(checkpoint, config, device)
     if config.llama_pro_blocks:

@@ -70,7 +70,9 @@ def test_one_process_gets_its_weights_where_it_wants_them(
 ) -> None:
     """On a GPU, which need not be here: what would fill the model says where to."""
     places = []
-    monkeypatch.setattr(loading, "fill_model", lambda skeleton, weights, schemes, device_of, _: places.append(device_of))
+    monkeypatch.setattr(
+        loading, "fill_model", lambda skeleton, weights, schemes, device_of, _: places.append(device_of)
+    )
     monkeypatch.setattr(opening, "torch_device", lambda name: None)
     load_model_and_tokenizer(DEMO, "cuda", strategy=strategy)
     load_model_and_tokenizer(DEMO, device="cuda:1", strategy=strategy)
