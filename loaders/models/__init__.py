@@ -7,11 +7,19 @@ transformers 5 and accelerate (the extra `models`); quantized modules also need 
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from loaders.errors import BadSpec
 from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
 from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
+
+if TYPE_CHECKING:
+    from loaders.models.evaluating import evaluate
+    from loaders.models.loading import load_model_and_tokenizer
+    from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
+    from loaders.models.quality import Quality
+    from loaders.models.skeleton import open_weights, skeleton_of
 
 __all__ = [
     "Backend",
@@ -30,6 +38,12 @@ __all__ = [
     "skeleton_of",
 ]
 NEEDED = ("torch", "transformers", "accelerate")
+PLACES = {
+    "evaluating": ("Quality", "evaluate"),
+    "loading": ("load_model_and_tokenizer",),
+    "model_loaders": ("ModelLoader", "ModelLoaderFactory", "QuantizedModelLoader", "StandardModelLoader"),
+    "skeleton": ("open_weights", "skeleton_of"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,29 +52,12 @@ def __getattr__(name: str) -> Any:
     Raises:
         BadSpec: one of them is not installed.
     """
-    if name not in __all__:
+    place = next((module for module, names in PLACES.items() if name in names), None)
+    if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return _imported(name)
+        return getattr(import_module(f"{__name__}.{place}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDED:
             raise
         raise BadSpec(f"loaders.models: {name} needs {error.name}: pip install 'weightmill[models]'") from None
-
-
-def _imported(name: str) -> Any:
-    if name == "load_model_and_tokenizer":
-        from loaders.models.loading import load_model_and_tokenizer
-
-        return load_model_and_tokenizer
-    if name in ("ModelLoader", "ModelLoaderFactory", "QuantizedModelLoader", "StandardModelLoader"):
-        from loaders.models import model_loaders
-
-        return getattr(model_loaders, name)
-    if name in ("Quality", "evaluate"):
-        from loaders.models import evaluating
-
-        return getattr(evaluating, name)
-    from loaders.models import skeleton
-
-    return getattr(skeleton, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
-from loaders.rules.kept import cast_kept, declared_in
+from loaders.rules.kept import cast_kept
 from loaders.rules.mlx import MlxRules
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.quantized_sources import check_decodable
@@ -83,7 +84,9 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
         checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
     wanted = None if config.dtype == "auto" else dtype_named(config.dtype or "float16")
     scheme: Scheme = config.scheme or Plain(None if wanted is None else wanted.name)
-    checkpoint = checkpoint if config.scheme is None else declared_in(checkpoint, wanted)
+    if config.scheme is not None and wanted is not None:
+        # The name by which the layout, as mlx_lm.convert, finds the dtype that weights are cast to first.
+        checkpoint = replace(checkpoint, config={**checkpoint.config, "torch_dtype": wanted.torch})
     layout = MlxLayout()
     tensors = layout.formed(checkpoint, sources.tensors)
     mix = None if config.scheme is None else MlxRules(getattr(scheme, "group_size", 64))
