@@ -121,7 +121,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
     sources = sources_of(checkpoint, config)
     if not is_shared and checkpoint.quantized_by != "mlx" and _needs_transformers(sources, config):
         opened.say("loading modules that transformers makes itself, by from_pretrained")
-        return from_transformers(checkpoint, config, device)
+        return _trained(from_transformers(checkpoint, config, device), opened.added)
     if config.llama_pro_blocks:
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
         checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
@@ -136,11 +136,12 @@ def _of_transformers(opened: OpenedModel) -> Any:
     opened.say("%s of %d tensors, %d of them quantized%s; strategy %s", type(model).__name__, len(skeleton.parameters),
                len(held), "" if config.scheme is None else f" to {config.quantize}", config.strategy)  # fmt: skip
     _mark_quantized(model, held)
+    # On every rank, so that none waits for the first one's weights where that refuses them.
+    places = device_map_of(skeleton, held, config.limits, device)
+    check_usable(skeleton, schemes, places.device_of)
     if is_shared and not opened.rank.is_first:
         _set_meta_modules(skeleton, held)
         return _trained(model, opened.added)
-    places = device_map_of(skeleton, held, config.limits, device)
-    check_usable(skeleton, schemes, places.device_of)
     streams = config.strategy is LoadingStrategy.STREAMING
     use_cache = config.use_cache or (streams and config.scheme is not None)
     weights = open_weights(checkpoint, skeleton, workers=config.workers, use_cache=use_cache)

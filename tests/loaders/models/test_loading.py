@@ -77,7 +77,9 @@ def test_one_process_gets_its_weights_where_it_wants_them(
     load_model_and_tokenizer(DEMO, "cuda", strategy=strategy)
     load_model_and_tokenizer(DEMO, device="cuda:1", strategy=strategy)
     load_model_and_tokenizer(DEMO, "cuda", strategy=strategy, offload_to_cpu=True)
-    assert [device_of("model.norm.weight") for device_of in places] == ["cuda", "cuda:1", "cpu"]
+    load_model_and_tokenizer(DEMO, "cuda", strategy=strategy, rank=0, world_size=2)
+    of_several = "cpu" if strategy is LoadingStrategy.LOW_MEMORY else "cuda"
+    assert [device_of("model.norm.weight") for device_of in places] == ["cuda", "cuda:1", "cpu", of_several]
 
 
 @pytest.mark.gpu

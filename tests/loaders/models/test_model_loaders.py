@@ -189,3 +189,12 @@ def test_a_scheme_that_no_module_here_holds_is_refused(tmp_path: Path, weightmil
     for strategy in LoadingStrategy:
         with pytest.raises(BadSpec, match="is quantized already"):
             load_model_and_tokenizer(output, "cpu", quantize="nf4", strategy=strategy)
+
+
+def test_what_stops_the_first_rank_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none waits for weights that do not come."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loading, "unusable_4bit", lambda tensors: "matrix cannot run here")
+    for rank in (0, 1):
+        with pytest.raises(BadSpec, match="^quantize: matrix cannot run here"):
+            load_model_and_tokenizer(DEMO, "cpu", quantize="nf4", low_memory=True, rank=rank, world_size=2)
