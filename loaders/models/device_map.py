@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.models.quantized_modules import QuantizedWeight
-from loaders.models.skeleton import Skeleton
+from loaders.models.skeleton import Skeleton, set_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,29 @@ def device_map_of(
 
     # accelerate names CUDA devices by their numbers.
     keys = {int(name.partition(":")[2]) if name.startswith("cuda:") else name: n for name, n in limits.items()}
-    found = infer_auto_device_map(
-        skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
-    )
+    with _as_stored(skeleton.model, held):
+        found = infer_auto_device_map(
+            skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
+        )
     if "disk" in found.values():
         raise BadSpec(f"max_memory: blocks do not divide over {dict(limits)}; give one of them more, or use STREAMING")
     return Places(device, {m: f"cuda:{d}" if isinstance(d, int) else str(d) for m, d in found.items()})
+
+
+@contextmanager
+def _as_stored(model: Any, held: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Within the block, weights that are held quantized are bytes on meta, as many as are stored of them."""
+    import torch
+
+    before = {name: model.get_parameter(name) for name in held}
+    for name, each in held.items():
+        packed = torch.empty(each.size, dtype=torch.uint8, device="meta")
+        set_parameter(model, name, torch.nn.Parameter(packed, requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in before.items():
+            set_parameter(model, name, parameter)
 
 
 def bytes_of(skeleton: Skeleton, held: Mapping[str, QuantizedWeight]) -> int:

@@ -24,6 +24,8 @@ from loaders.models import (
     StandardModelLoader,
     load_model_and_tokenizer,
     loading,
+    open_weights,
+    opening,
     process_rank,
 )
 from loaders.models.recommended import config_of
@@ -143,6 +145,20 @@ def test_a_device_that_is_not_there_is_refused_before_weights_are_read(
             load_model_and_tokenizer(DEMO, strategy=strategy, **settings)
 
 
+def test_workers_read_and_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are asked for, under either name; -1, as None, leaves it to the threads that all loads share."""
+    asked: list[int | None] = []
+
+    def counted(*given: Any, workers: int | None, **settings: Any) -> Any:
+        asked.append(workers)
+        return open_weights(*given, workers=workers, **settings)
+
+    monkeypatch.setattr(loading, "open_weights", counted)
+    for settings in ({"loading_workers": 3}, {"workers": 2}, {"loading_workers": -1}, {}):
+        load_model_and_tokenizer(DEMO, "cpu", quantize="hqq8", **settings)
+    assert asked == [3, 2, None, None]
+
+
 def test_of_both_forms_of_files_the_one_asked_for_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "both"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.md"))
@@ -171,11 +187,26 @@ def test_steps_are_logged_where_asked_for_by_the_first_rank(caplog: pytest.LogCa
         assert part in said
 
 
-def test_quantized_weights_on_several_devices_are_refused_where_they_do_not_fit() -> None:
+def test_limits_of_memory_count_quantized_weights_as_stored() -> None:
     pytest.importorskip("bitsandbytes")
     assert load_model_and_tokenizer(DEMO, "cpu", quantize="nf4", max_memory={"cpu": "1.9MB"})[0] is not None
     with pytest.raises(BadSpec, match="max_memory: the model takes"):
         load_model_and_tokenizer(DEMO, "cpu", quantize="int8", max_memory={"cpu": "1.9MB"})
+
+
+def test_blocks_are_shared_out_by_what_is_stored_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over devices that need not be here: the demo's blocks take 1.1 MB plain, and 0.32 in nf4."""
+    found = []
+    monkeypatch.setattr(loading, "fill_model", lambda *given: found.append(given[3]))
+    monkeypatch.setattr(loading, "hold_to", lambda model, places: model)
+    monkeypatch.setattr(opening, "torch_device", lambda name: None)
+    limits = {"cuda:0": 1_300_000, "cuda:1": 1_300_000}
+    load_model_and_tokenizer(DEMO, "cuda", quantize="nf4", max_memory=limits)
+    places = [found[0](f"model.layers.{number}.mlp.up_proj.weight") for number in range(3)]
+    assert places == sorted(places)
+    assert {*places} == {"cuda:0", "cuda:1"}
+    with pytest.raises(BadSpec, match="max_memory: "):
+        load_model_and_tokenizer(DEMO, "cuda", max_memory=limits)
 
 
 def test_a_scheme_that_no_module_here_holds_is_refused(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
