@@ -70,7 +70,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 # A group of 32 divides the tiny models' columns; bitsandbytes' 4 bits have no such models on a CPU with AVX512-BF16.
 CASES: list[tuple[str, Any]] = [
-    *(("llama", quantize) for quantize in ("nf4", "int8", "hqq4")),
+    ("llama", "hqq4"),
     ("llama", QuantizationConfig(QuantizationMethod.BNB_FP4, group_size=128, compute_dtype="float32")),
     ("qwen2", "nf4"),
     ("qwen2", QuantizationConfig("hqq", 3, 32)),
@@ -87,9 +87,7 @@ def test_every_strategy_quantizes_on_the_way_to_the_logits_of_full(
     settings = {"quantize": quantize, "ignore_unexpected": (r"^model\.layers\.3\.",) if name == "glm4_moe" else ()}
     wanted = logits(load(sources[name], **settings))
     for strategy in OTHERS:
-        model = load(sources[name], strategy, **settings)
-        assert torch.equal(logits(model), wanted), strategy
-        assert torch.equal(logits(model), wanted), f"{strategy}, again"
+        assert torch.equal(logits(load(sources[name], strategy, **settings)), wanted), strategy
 
 
 # Outputs whose modules are made here, whose modules MLX has, and whose modules transformers makes itself.
