@@ -119,7 +119,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
     if is_shared or config.offload_to_cpu:
         device = "cpu"
     sources = sources_of(checkpoint, config)
-    if not is_shared and checkpoint.quantized_by != "mlx" and _needs_transformers(sources, config):
+    if not is_shared and checkpoint.quantized_by != "mlx" and needs_transformers(sources, config):
         opened.say("loading modules that transformers makes itself, by from_pretrained")
         return _trained(from_transformers(checkpoint, config, device), opened.added)
     if config.llama_pro_blocks:
@@ -130,7 +130,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
         ignore_unexpected=config.ignore_unexpected,
     )  # fmt: skip
     model = skeleton.model
-    _set_generation(model, checkpoint)
+    set_generation(model, checkpoint)
     schemes = schemes_of(checkpoint, sources, skeleton, config, opened.added)
     held = quantized_weights(skeleton, checkpoint, schemes, config.compute_dtype)
     opened.say("%s of %d tensors, %d of them quantized%s; strategy %s", type(model).__name__, len(skeleton.parameters),
@@ -210,7 +210,7 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
     return tensors_of(checkpoint, decode=True)
 
 
-def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
+def needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
     """Whether some quantized tensors have modules in transformers only. STREAMING decodes them."""
     if config.decode or config.strategy is LoadingStrategy.STREAMING or config.llama_pro_blocks:
         return False
@@ -306,14 +306,19 @@ def quantized_weights(
     compute_dtype: str | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Return what makes the module of each weight that is held quantized, by its name; `schemes` as of `schemes_of`."""
-    wanted, made = load_dtype(checkpoint.config), {}
+    made = {}
     for name, (scheme, is_new) in schemes.items():
         [tensor] = skeleton.parameters[name]
-        cast = None if wanted == tensor.dtype else wanted
-        encoding = Encoding(tensor=tensor, action="quantize", scheme=scheme, cast=cast) if is_new else None
+        encoding = encoding_of(checkpoint, tensor, scheme) if is_new else None
         dtype = skeleton.model.get_parameter(name).dtype if compute_dtype is None else getattr(torch, compute_dtype)
         made[name] = QuantizedWeight(scheme, tensor, encoding, dtype)
     return made
+
+
+def encoding_of(checkpoint: Checkpoint, tensor: LogicalTensor, scheme: Scheme) -> Encoding:
+    """Return how a weight is encoded: from the dtype that the config says, whatever the file has."""
+    wanted = load_dtype(checkpoint.config)
+    return Encoding(tensor=tensor, action="quantize", scheme=scheme, cast=None if wanted == tensor.dtype else wanted)
 
 
 def fill_model(
@@ -356,7 +361,8 @@ def fill_model(
         raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
-def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
+def set_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model the generation_config.json of its checkpoint, if there is one."""
     if checkpoint.source.find("generation_config.json") is not None:
         with small_files(checkpoint) as folder:
             model.generation_config = generation_config_from(folder)

@@ -34,7 +34,11 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
     bitsandbytes: Any = import_module("bitsandbytes")
 
     rows, columns = spec.shape
-    sizes = {"quant_type": scheme.table, "compress_statistics": scheme.double_quant}
+    sizes = {
+        "quant_type": scheme.table,
+        "compress_statistics": scheme.double_quant,
+        "quant_storage": stored["weight"].dtype,
+    }
     with EmptyOnMeta():
         made: Any = bitsandbytes.nn.Linear4bit(
             columns, rows, bias=bias is not None, compute_dtype=dtype, device="meta", **sizes
@@ -42,11 +46,9 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
     made.bias = bias
     if device == "meta":
         # There is no quant_state on meta: bitsandbytes reads it from the bytes of its JSON, which are on rank 0.
-        packed = stored["weight"]
         made.weight = bitsandbytes.nn.Params4bit(
-            packed, requires_grad=False, blocksize=scheme.group_size, quant_storage=packed.dtype, bnb_quantized=True,
-            module=made, **sizes,
-        )  # fmt: skip
+            stored["weight"], requires_grad=False, blocksize=scheme.group_size, bnb_quantized=True, module=made, **sizes
+        )
         return made  # type: ignore[no-any-return]
     statistics = {role.removeprefix("weight."): part.to(device) for role, part in stored.items() if role != "weight"}
     made.weight = bitsandbytes.nn.Params4bit.from_prequantized(

@@ -97,7 +97,9 @@ def test_every_strategy_takes_our_outputs(quant: str, tmp_path: Path, weightmill
     if quant == "w8a16":
         pytest.importorskip("compressed_tensors")
     output = tmp_path / "out"
-    assert weightmill("run", "model=demo", f"quant={quant}", "cluster=local", f"output.path={output}").status == 0
+    nested = ["quant.double_quant=true", "quant.storage_dtype=bfloat16"] if quant == "nf4" else []
+    ran = weightmill("run", "model=demo", f"quant={quant}", *nested, "cluster=local", f"output.path={output}")
+    assert ran.status == 0, ran.err
     wanted, decoded = logits(load(output)), logits(load(output, decode=True))
     for strategy in OTHERS:
         model = load(output, strategy)
