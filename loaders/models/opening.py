@@ -61,7 +61,8 @@ def open_model(config: ModelLoadingConfig) -> OpenedModel:
         # Where MLX alone has a GPU, torch has the CPU.
         wanted = config.device or (best() if config.backend is Backend.AUTO else str(config.backend))
         device = "cpu" if wanted == "mlx" else wanted
-        torch_device(device)
+        for name in (device, *config.limits):
+            torch_device(str(name))
     found = OpenedModel(
         checkpoint=checkpoint, config=config, rank=rank, device=device, is_mlx=is_mlx, added=added
     )  # fmt: skip
