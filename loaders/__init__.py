@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from loaders.loading.quantized_tensor import QuantizedTensor
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
+    from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
+    from loaders.models.loading import load_model_and_tokenizer
+    from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
+    from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
     from loaders.presets.catalog import preset, preset_names
     from loaders.specs import WeightSpec
     from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AtomicWriter",
     "AutoLoader",
+    "Backend",
     "BadCheckpoint",
     "BadSpec",
     "Checkpoint",
@@ -55,14 +60,22 @@ __all__ = [
     "LazyLoader",
     "LoadConfig",
     "LoadStats",
+    "LoadingStrategy",
     "LowMemoryLoader",
+    "ModelLoader",
+    "ModelLoaderFactory",
+    "ModelLoadingConfig",
     "MultiThreadWeightLoader",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedModelLoader",
     "QuantizedTensor",
     "ReadLoader",
     "Recommendation",
     "RunaiLoader",
     "SafetensorsLoader",
     "Shared",
+    "StandardModelLoader",
     "Statistics",
     "StorageError",
     "StreamingWeightLoader",
@@ -84,6 +97,7 @@ __all__ = [
     "get_file_lock_path",
     "get_recommended_loader_config",
     "load_and_quantize",
+    "load_model_and_tokenizer",
     "load_weights",
     "loader",
     "open_checkpoint",
@@ -103,6 +117,18 @@ _PLACES = {
     "loading.quantized_tensor": ("QuantizedTensor",),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
+    "models": (
+        "Backend",
+        "LoadingStrategy",
+        "ModelLoader",
+        "ModelLoaderFactory",
+        "ModelLoadingConfig",
+        "QuantizationConfig",
+        "QuantizationMethod",
+        "QuantizedModelLoader",
+        "StandardModelLoader",
+        "load_model_and_tokenizer",
+    ),
     "presets.catalog": ("preset", "preset_names"),
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),

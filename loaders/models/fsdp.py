@@ -29,13 +29,13 @@ from loaders.models.config import ModelLoadingConfig
 from loaders.models.cutting import Prepare, Unit, cut, prepared_units
 from loaders.models.hub_cache import place_of_model
 from loaders.models.loading import (
-    check_expanded,
     encoding_of,
     needs_transformers,
     schemes_of,
     set_generation,
     sources_of,
 )
+from loaders.models.opening import check_expanded
 from loaders.models.quantized_modules import module_maker
 from loaders.models.ranks import Named, Ranks, ranks_of
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
@@ -238,7 +238,11 @@ def _in_order(unit: Unit, source: _Source) -> list[str]:
 
 def _encoding(weights: ModelWeights, source: _Source, name: str) -> Encoding | None:
     scheme, is_new = source.schemes.get(name, (None, False))
-    return encoding_of(weights, source.skeleton.parameters[name], scheme) if is_new and scheme is not None else None
+    return (
+        encoding_of(weights.checkpoint, source.skeleton.parameters[name][0], scheme)
+        if is_new and scheme is not None
+        else None
+    )
 
 
 def _read(weights: ModelWeights, source: _Source, unit: Unit) -> Iterator[Named]:
