@@ -15,8 +15,8 @@ from loaders.backends import may_differ, offered
 from loaders.backends.arrays import as_torch
 from loaders.backends.devices import torch_device
 from loaders.backends.memory import PeakMemory
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
-from loaders.checkpoints.detect import WeightFormat, detect_weight_format, packed_folder
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.file_lists import open_weights
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
@@ -33,9 +33,7 @@ from loaders.rules.refusals import ragged_notes
 from loaders.rules.rule import Decision
 from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
-from loaders.storage import open_store
 from loaders.storage.hashes import text_digest
-from loaders.storage.hub.names import source_address
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable
@@ -112,26 +110,6 @@ def load_and_quantize(
     if checked.check_finite:
         _check_finite(weights)
     return weights, replace(stats, load=replace(stats.load, wall_s=time.perf_counter() - began))
-
-
-def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder, or one file of any name, as a checkpoint. A file of a packed checkpoint stands for its folder.
-
-    Raises:
-        BadSpec: nothing exists at the path, or it holds no known weights.
-        BadCheckpoint: the checkpoint is damaged.
-    """
-    address = source_address(path)
-    # Of a repository, opening it says best why it cannot be read.
-    if address.scheme == "hf" or open_store(address).absence() is None:
-        return open_checkpoint(address, key="path")
-    found = detect_weight_format(path)
-    if found is WeightFormat.PACKED and (folder := packed_folder(address)) is not None:
-        return open_checkpoint(folder, found.value, key="path")
-    if found is WeightFormat.UNKNOWN:
-        known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
-        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known}")
-    return open_file(path, found.value)
 
 
 def clear_cache() -> int:
