@@ -11,9 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from loaders.checkpoints.detect import WeightFormat, detect_weight_format
-    from loaders.errors import BadCheckpoint, BadSpec, StorageError, TransientIOError, VerifyFailed, WeightmillError
+    from loaders.errors import (
+        BadCheckpoint,
+        BadSpec,
+        MissingFile,
+        StorageError,
+        TransientIOError,
+        VerifyFailed,
+        WeightmillError,
+    )
     from loaders.loading.cache import WeightCache
-    from loaders.loading.checks import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
+    from loaders.loading.checks import (
+        compute_weight_hash,
+        compute_weight_hash_rust,
+        filter_shared_tensors,
+        validate_weight_shapes,
+        validate_weight_shapes_rust,
+    )
     from loaders.loading.config import LoadConfig
     from loaders.loading.load import Statistics, clear_cache, load_and_quantize, load_weights
     from loaders.loading.quantized_tensor import QuantizedTensor
@@ -56,6 +70,7 @@ __all__ = [
     "LoadConfig",
     "LoadStats",
     "LowMemoryLoader",
+    "MissingFile",
     "MultiThreadWeightLoader",
     "QuantizedTensor",
     "ReadLoader",
@@ -77,6 +92,7 @@ __all__ = [
     "atomic_writer",
     "clear_cache",
     "compute_weight_hash",
+    "compute_weight_hash_rust",
     "configure",
     "detect_weight_format",
     "file_lock",
@@ -90,14 +106,21 @@ __all__ = [
     "preset",
     "preset_names",
     "validate_weight_shapes",
+    "validate_weight_shapes_rust",
 ]
 
 _PLACES = {
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "checkpoints.detect": ("WeightFormat", "detect_weight_format"),
-    "errors": ("BadCheckpoint", "BadSpec", "StorageError", "TransientIOError", "VerifyFailed", "WeightmillError"),
+    "errors": (
+        "BadCheckpoint", "BadSpec", "MissingFile", "StorageError", "TransientIOError", "VerifyFailed",
+        "WeightmillError",
+    ),
     "loading.cache": ("WeightCache",),
-    "loading.checks": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
+    "loading.checks": (
+        "compute_weight_hash", "compute_weight_hash_rust", "filter_shared_tensors", "validate_weight_shapes",
+        "validate_weight_shapes_rust",
+    ),
     "loading.config": ("LoadConfig",),
     "loading.load": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
     "loading.quantized_tensor": ("QuantizedTensor",),
@@ -107,7 +130,7 @@ _PLACES = {
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
     "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
-}
+}  # fmt: skip
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 

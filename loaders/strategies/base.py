@@ -128,12 +128,14 @@ class WeightLoader(ABC):
     """A way of reading. `stats` adds up over everything that one loader has loaded.
 
     `not_for_jobs` says why a job, which reads ranges within a stated memory, cannot use the strategy; else it is empty.
-    `is_local` says that it reads files of a folder of this machine, and no other store.
+    `is_local` says that it reads files of a folder of this machine, and no other store. `second_names` are parameters
+    that only say in other libraries' words what a setting says.
     """
 
     name: ClassVar[str]
     not_for_jobs: ClassVar[str] = ""
     is_local: ClassVar[bool] = True
+    second_names: ClassVar[tuple[str, ...]] = ()
     stats: LoadStats = LoadStats()
 
     @abstractmethod
