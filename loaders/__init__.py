@@ -53,6 +53,15 @@ if TYPE_CHECKING:
         WeightLoader,
         loader,
     )
+    from loaders.strategies.iterators import (
+        fastsafetensors_weights_iterator,
+        gguf_quant_weights_iterator,
+        multi_thread_pt_weights_iterator,
+        multi_thread_safetensors_weights_iterator,
+        pt_weights_iterator,
+        runai_safetensors_weights_iterator,
+        safetensors_weights_iterator,
+    )
 
 __all__ = [
     "AtomicWriter",
@@ -95,16 +104,23 @@ __all__ = [
     "compute_weight_hash_rust",
     "configure",
     "detect_weight_format",
+    "fastsafetensors_weights_iterator",
     "file_lock",
     "filter_shared_tensors",
     "get_file_lock_path",
     "get_recommended_loader_config",
+    "gguf_quant_weights_iterator",
     "load_and_quantize",
     "load_weights",
     "loader",
+    "multi_thread_pt_weights_iterator",
+    "multi_thread_safetensors_weights_iterator",
     "open_checkpoint",
     "preset",
     "preset_names",
+    "pt_weights_iterator",
+    "runai_safetensors_weights_iterator",
+    "safetensors_weights_iterator",
     "validate_weight_shapes",
     "validate_weight_shapes_rust",
 ]
@@ -130,6 +146,11 @@ _PLACES = {
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
     "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
+    "strategies.iterators": (
+        "fastsafetensors_weights_iterator", "gguf_quant_weights_iterator", "multi_thread_pt_weights_iterator",
+        "multi_thread_safetensors_weights_iterator", "pt_weights_iterator", "runai_safetensors_weights_iterator",
+        "safetensors_weights_iterator",
+    ),
 }  # fmt: skip
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
