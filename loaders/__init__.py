@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         WeightmillError,
     )
     from loaders.loading.cache import WeightCache
+    from loaders.loading.checkpoint_loader import CheckpointLoader
     from loaders.loading.checks import (
         compute_weight_hash,
         compute_weight_hash_rust,
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
         validate_weight_shapes,
         validate_weight_shapes_rust,
     )
-    from loaders.loading.config import LoadConfig
-    from loaders.loading.load import Statistics, clear_cache, load_and_quantize, load_weights
+    from loaders.loading.config import LoadConfig, WeightLoaderConfig, create_aggressive_config
+    from loaders.loading.load import clear_cache, load_and_quantize, load_weights
     from loaders.loading.quantized_tensor import QuantizedTensor
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
+    from loaders.loading.statistics import Statistics
     from loaders.presets.catalog import preset, preset_names
     from loaders.specs import WeightSpec
     from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats
@@ -69,6 +71,7 @@ __all__ = [
     "BadCheckpoint",
     "BadSpec",
     "Checkpoint",
+    "CheckpointLoader",
     "CompressionStats",
     "EagerLoader",
     "ErrorSums",
@@ -96,6 +99,7 @@ __all__ = [
     "WeightCache",
     "WeightFormat",
     "WeightLoader",
+    "WeightLoaderConfig",
     "WeightSpec",
     "WeightmillError",
     "atomic_writer",
@@ -103,6 +107,7 @@ __all__ = [
     "compute_weight_hash",
     "compute_weight_hash_rust",
     "configure",
+    "create_aggressive_config",
     "detect_weight_format",
     "fastsafetensors_weights_iterator",
     "file_lock",
@@ -137,11 +142,13 @@ _PLACES = {
         "compute_weight_hash", "compute_weight_hash_rust", "filter_shared_tensors", "validate_weight_shapes",
         "validate_weight_shapes_rust",
     ),
-    "loading.config": ("LoadConfig",),
-    "loading.load": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
+    "loading.checkpoint_loader": ("CheckpointLoader",),
+    "loading.config": ("LoadConfig", "WeightLoaderConfig", "create_aggressive_config"),
+    "loading.load": ("clear_cache", "load_and_quantize", "load_weights"),
     "loading.quantized_tensor": ("QuantizedTensor",),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
+    "loading.statistics": ("Statistics",),
     "presets.catalog": ("preset", "preset_names"),
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),

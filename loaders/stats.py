@@ -327,7 +327,13 @@ class CompressionStats:
             **{key: getattr(self, key) for key in TOTALS},
             "error": sums_json(self.error),
             "layer_stats": {
-                name: {**asdict(layer), "error": sums_json(layer.error), "relative_error": _json(layer)}
+                name: {
+                    **asdict(layer),
+                    "error": sums_json(layer.error),
+                    "compression_ratio": layer.compression_ratio,
+                    "relative_error": finite(layer.relative_error),
+                    "mse": finite(layer.mse),
+                }
                 for name, layer in self.layer_stats.items()
             },
             **{key: finite(getattr(self, key)) for key in FIGURES},
@@ -362,12 +368,8 @@ class CompressionStats:
 TOTALS = ("tensors", "parameters", "source_bytes", "output_bytes")
 FIGURES = (
     "original_size_mb", "quantized_size_mb", "compression_ratio", "total_error", "mean_layer_error", "max_layer_error",
-    "total_mse", "mean_layer_mse", "max_layer_mse",
+    "total_parameters", "total_mse", "mean_layer_mse", "max_layer_mse",
 )  # fmt: skip
-
-
-def _json(layer: LayerStats) -> float | None:
-    return finite(layer.error.relative_error)
 
 
 def sums_json(sums: ErrorSums) -> dict[str, Any]:
