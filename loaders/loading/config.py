@@ -170,7 +170,8 @@ class WeightLoaderConfig:
 
 def create_aggressive_config() -> Quant:
     """Return the quantization that makes weights smallest: BitNet's -1, 0, 1 in ggml's TQ2_0, embedding and output
-    projection in 4 bits. Tensors that its blocks of 256 do not divide take another type, which the notes of a load say.
+    projection in 4 bits. Tensors whose rows its blocks of 256 do not divide take another type, as the notes of a load
+    say: of a model that llama.cpp knows what it takes instead (Q4_0), of others BitNet's own packing.
     """
     return preset("ternary_aggressive")
 

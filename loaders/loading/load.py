@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.gguf import GGUF_ARCHITECTURE
+from loaders.architectures.gguf import is_known
 from loaders.backends import may_differ, offered
 from loaders.backends.arrays import as_torch
 from loaders.backends.devices import torch_device
@@ -212,11 +212,12 @@ class Loading:
         ]
 
     def _rules_of(self, mix: Mix, tensors: Sequence[Any]) -> Sequence[Rule]:
-        """Return a mix's rules. llama.cpp's ask what a model is; of a file without a config, only names tell."""
+        """Return a mix's rules. llama.cpp's ask what a model is; where it does not know, names of tensors tell."""
         config = self._checkpoint.config
-        if not isinstance(mix, GgmlMix) or config.get("model_type") or GGUF_ARCHITECTURE in config:
+        if not isinstance(mix, GgmlMix) or is_known(config):
             return mix.rules(tensors, config)
-        self._notes = (*self._notes, "no config.json says what the model is: types are chosen by the names of tensors")
+        who = "no config.json says what the model is" if not config.get("model_type") else "llama.cpp has no such model"
+        self._notes = (*self._notes, f"{who}: types are chosen by the names of tensors")
         return mix.rules_by_role(tensors)
 
     def _placed(self, decisions: Sequence[Decision], quant: Quant | None) -> dict[str, Placed]:

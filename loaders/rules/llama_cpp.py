@@ -25,6 +25,7 @@ from loaders.architectures.gguf import (
     number,
 )
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, Shape
+from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -60,6 +61,7 @@ PARTS = tuple(
 )
 VALUES = ("attn_v", "attn_qkv", "attn_kv_b")  # parts that are taken for values of attention
 GLM5_NEXT = re.compile(r"attn_q_[ab]|nextn\.eh_proj")  # what is quantized to no fewer than 8 bits there
+BITNET = "BitNet's packed ternary"  # no type of ggml's: two bits a weight, one scale a tensor
 NOT_DIVIDED = "its rows do not divide"
 # What stays as it is where nothing but names tells of a model.
 KEPT_ROLES = ("norm", "router", "bias", "buffer", "conv", "conv1d", "other")
@@ -91,10 +93,11 @@ class GgmlMix:
         return self._rules((tensor, self._chosen(tensor, model)) for tensor in tensors)
 
     def rules_by_role(self, tensors: Sequence[LogicalTensor]) -> tuple[Rule, ...]:
-        """Return rules for tensors of a model that nothing tells about, as those of a file without a config.
+        """Return rules for tensors of a model that llama.cpp does not know, or that nothing tells about.
 
         Matrices get the mix's main type, embedding and output projection the types that were asked for, else those of
-        the mix: what a tensor is, its name has to tell.
+        the mix: what a tensor is, its name has to tell. No engine reads the result, so that ternary weights whose rows
+        blocks do not divide are packed as BitNet's own, which divides none.
         """
         return self._rules((tensor, self._chosen_by_role(tensor)) for tensor in tensors)
 
@@ -111,7 +114,7 @@ class GgmlMix:
             return Rule(action="keep", why=why, names=names)
         if chosen in FLOATS:
             return Rule(action="cast", why=why, names=names, cast_to=chosen)
-        scheme = Ggml(chosen, self.absmean and chosen in TERNARY)
+        scheme = Ternary() if chosen == BITNET else Ggml(chosen, self.absmean and chosen in TERNARY)
         return Rule(action="quantize", why=f"{why}: {chosen}", names=names, scheme=scheme)
 
     def _chosen(self, tensor: LogicalTensor, model: _Model) -> tuple[str, str]:
@@ -136,14 +139,14 @@ class GgmlMix:
             return "keep", "no matrix of a layer, or numbers that are no weights"
         if default in FLOATS:
             return default, f"llama.cpp's {self.name}"
-        ends = {"embedding": self.embedding, "head": self.output}
-        usual = {
-            "embedding": "Q4_K" if default in TERNARY else default,
-            "head": "Q8_0" if default == "Q8_0" else "Q6_K",
+        ends = {
+            "embedding": self.embedding or ("Q4_K" if default in TERNARY else default),
+            "head": self.output or ("Q8_0" if default == "Q8_0" else "Q6_K"),
         }
-        return self._fitting(
-            ends.get(tensor.role) or (default if self.pure else usual.get(tensor.role, default)), tensor
-        )
+        chosen, why = self._fitting(default if self.pure else ends.get(tensor.role, default), tensor)
+        if self.absmean and NOT_DIVIDED in why and tensor.role not in ends and not Ternary().refuses(tensor.spec):
+            return BITNET, why
+        return chosen, why
 
     def _fitting(self, chosen: str, tensor: LogicalTensor) -> tuple[str, str]:
         """Return a type, or what stands for it where its blocks do not divide the tensor's rows, and the reason."""
