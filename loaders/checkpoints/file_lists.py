@@ -100,7 +100,7 @@ def open_files(where: Iterable[Place]) -> Checkpoint:
         container=container,
         files=tuple(source.entry(name) for name in names),
         weights=weights,
-        config=gguf_config(source, names, weights) if container == "gguf" else config,
+        config=gguf_config(source, sorted(names), weights) if container == "gguf" else config,
         aux=described_by(source),
         notes=(*notes, *said),
     )

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
-from loaders.errors import BadSpec, MissingFile
+from loaders.containers import gguf, writer_of
+from loaders.dtypes import DTYPES
+from loaders.errors import BadCheckpoint, BadSpec, MissingFile
+from loaders.specs import StoredSpec, StoredTensor
 from loaders.strategies import loader
 from tests import object_servers
 from tests.loaders.strategies.test_strategies import EVERY, a_loader, made, pairs, raw_bytes
@@ -135,6 +138,27 @@ def test_files_of_two_models_are_refused(by: str, files: list[Path], tmp_path: P
             file.write_bytes(len(head).to_bytes(8, "little") + head + data[end:])
     error = refused([*files, other], said[by])
     assert "files of two models" in str(error)
+
+
+@pytest.mark.quick
+def test_parts_of_a_split_gguf_are_taken_in_any_order(tmp_path: Path) -> None:
+    parts = []
+    for number in range(2):
+        stored = [StoredTensor(f"blk.{number}.up.weight", StoredSpec(DTYPES["F32"], (2, 32)))]
+        laid = gguf.lay_out(f"m-0000{number + 1}-of-00002.gguf", stored)
+        head = {"general.architecture": gguf.text("none"), **gguf.split_metadata(number, 2, 2)}
+        writer = writer_of(tmp_path / laid.name, gguf.with_head(laid, head))
+        writer.write(laid.slots[0], 0, np.full(64, number, np.float32).view(np.uint8).data)
+        writer.seal()
+        writer.close()
+        parts.append(tmp_path / laid.name)
+    found = loader("read").load_weights(parts[::-1], "cpu")
+    assert {name: float(value.mean()) for name, value in found.items()} == {
+        "blk.1.up.weight": 1.0,
+        "blk.0.up.weight": 0.0,
+    }
+    with pytest.raises(BadCheckpoint, match="it says it is file 1 of 2"):
+        loader("read").load_weights(parts[1:])
 
 
 @pytest.mark.quick
