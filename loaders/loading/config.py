@@ -152,7 +152,8 @@ class WeightLoaderConfig:
                 "auto_aggressive: it is a quantization of its own, found a quantization_config beside it"
                 f" ({str(self.quantization_config)[:50]}); give one of them"
             )
-        default = self.quantization_config or ("ternary_aggressive" if self.auto_aggressive else "ternary")
+        named = self.quantize if isinstance(self.quantize, str) else "ternary"
+        default = self.quantization_config or ("ternary_aggressive" if self.auto_aggressive else named)
         chosen = self.quantize if quantize is None else quantize
         is_numpy = isinstance(self.dtype, type | np.dtype)
         dtype = np.dtype(self.dtype).name if is_numpy else str(self.dtype).removeprefix("torch.")

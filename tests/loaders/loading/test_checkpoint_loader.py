@@ -121,6 +121,8 @@ def test_every_setting_of_the_config_counts(file: Path, torch_file: Path, tmp_pa
     assert kinds(load(torch_file, quantize=False)[0])["norm.weight"] == "torch.float32"
     assert kinds(load(torch_file, quantize=False, dtype=None)[0])["norm.weight"] == "torch.bfloat16"
     assert kinds(load(quantization_config="nf4")[0])["layer1.weight"] == "bnb4"
+    named = CheckpointLoader(WeightLoaderConfig("nf4"))
+    assert kinds(named.load(file, True)) == kinds(named.load(file))
     wide = preset("nf4", group_size=128)
     assert load(quantization_config=wide)[0]["layer1.weight"].scheme == wide.scheme
     assert load(compute_error=False, use_cache=False)[1].get_stats().total_error == 0
