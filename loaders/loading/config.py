@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SkipValidation, ValidationError, field_validator
 
 from loaders.backends import DEVICES
 from loaders.errors import BadSpec
@@ -24,7 +24,10 @@ from loaders.strategies import loader
 class LoadConfig(Spec):
     """The settings of a load: immutable, and validated when created."""
 
-    quantize: str | bool | Quant | None = Field(default=None, description="a preset of conf/quant; true: nf4")
+    # Checked below: a choice between texts and models would be told as three faults.
+    quantize: SkipValidation[str | bool | Quant | None] = Field(
+        default=None, description="a preset of conf/quant, or what preset() made; true: nf4"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the preset: group_size, ...")
     layer_filter: str | tuple[str, ...] | None = Field(
         default=None, description="parts of names, or patterns with * and ?: what is loaded"
@@ -56,6 +59,13 @@ class LoadConfig(Spec):
         # Both raise BadSpec for names that do not exist, so that bad settings fail before a load begins.
         loader(self.strategy)
         self.quant  # noqa: B018
+
+    @field_validator("quantize")
+    @classmethod
+    def _quantize_is_a_preset(cls, quantize: Any) -> Any:
+        if not isinstance(quantize, str | bool | Quant | None):
+            raise ValueError("expected a text, or true or false")
+        return quantize
 
     # Strict models take a tuple for a tuple alone; a list, or a torch.Size, is as good.
     @field_validator("layer_filter", mode="before")
