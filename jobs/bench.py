@@ -32,11 +32,11 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """The settings of `bench`."""
 
-    what: Literal["kernels", "job", "loaders", "load", "plan", "sweep", "stores", "budget", "gpu"] = Field(
+    what: Literal["kernels", "job", "loaders", "load", "layers", "plan", "sweep", "stores", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
-        " load: weights into tensors and models; plan: planning a large model, by phases; sweep: several schemes in"
-        " one pass beside the same as single jobs; stores: a job whose source comes by HTTP, beside plain reads, and a"
-        " plan of 640 GB;"
+        " load: weights into tensors and models; layers: small layers to ternary, beside published figures; plan:"
+        " planning a large model, by phases; sweep: several schemes in one pass beside the same as single jobs; stores:"
+        " a job whose source comes by HTTP, beside plain reads, and a plan of 640 GB;"
         " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
         " the CPU, and what more cores give"
     )
@@ -148,6 +148,10 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.load import time_load
 
         return time_load(spec.model.path, gb, spec.quant, spec.folder, repeats)
+    if spec.what == "layers":
+        from jobs.benchmarks.layers import time_layers
+
+        return time_layers(spec.folder, repeats)
     if spec.what == "kernels":
         from jobs.benchmarks.kernels.run import time_kernels
 
@@ -178,6 +182,7 @@ VERB = Verb(
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
         ("plan tensors=500000 quants=[nf4]", "half a million tensors, headers only, in the shape of DeepSeek V3"),
         ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),
+        ("layers", "small layers to ternary and other types while loading, beside a published loader's figures"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job gb=1 profile=true", "where its seconds go, by phase; how long it holds the interpreter's lock"),
         ("job gb=8 cores=[1,2,4,8,16] folder=/dev/shm", "the same job on more and more cores, in a table and a plot"),

@@ -11,14 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from loaders.checkpoints.detect import WeightFormat, detect_weight_format
-    from loaders.errors import BadCheckpoint, BadSpec, StorageError, TransientIOError, VerifyFailed, WeightmillError
+    from loaders.errors import (
+        BadCheckpoint,
+        BadSpec,
+        MissingFile,
+        StorageError,
+        TransientIOError,
+        VerifyFailed,
+        WeightmillError,
+    )
     from loaders.loading.cache import WeightCache
-    from loaders.loading.checks import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
-    from loaders.loading.config import LoadConfig
-    from loaders.loading.load import Statistics, clear_cache, load_and_quantize, load_weights
+    from loaders.loading.checkpoint_loader import CheckpointLoader
+    from loaders.loading.checks import (
+        compute_weight_hash,
+        compute_weight_hash_rust,
+        filter_shared_tensors,
+        validate_weight_shapes,
+        validate_weight_shapes_rust,
+    )
+    from loaders.loading.config import LoadConfig, WeightLoaderConfig, create_aggressive_config
+    from loaders.loading.load import clear_cache, load_and_quantize, load_weights
     from loaders.loading.quantized_tensor import QuantizedTensor
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
+    from loaders.loading.statistics import Statistics
     from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
     from loaders.models.loading import load_model_and_tokenizer
     from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
@@ -43,6 +59,15 @@ if TYPE_CHECKING:
         WeightLoader,
         loader,
     )
+    from loaders.strategies.iterators import (
+        fastsafetensors_weights_iterator,
+        gguf_quant_weights_iterator,
+        multi_thread_pt_weights_iterator,
+        multi_thread_safetensors_weights_iterator,
+        pt_weights_iterator,
+        runai_safetensors_weights_iterator,
+        safetensors_weights_iterator,
+    )
 
 __all__ = [
     "AtomicWriter",
@@ -51,6 +76,7 @@ __all__ = [
     "BadCheckpoint",
     "BadSpec",
     "Checkpoint",
+    "CheckpointLoader",
     "CompressionStats",
     "EagerLoader",
     "ErrorSums",
@@ -62,6 +88,7 @@ __all__ = [
     "LoadStats",
     "LoadingStrategy",
     "LowMemoryLoader",
+    "MissingFile",
     "ModelLoader",
     "ModelLoaderFactory",
     "ModelLoadingConfig",
@@ -85,38 +112,57 @@ __all__ = [
     "WeightCache",
     "WeightFormat",
     "WeightLoader",
+    "WeightLoaderConfig",
     "WeightSpec",
     "WeightmillError",
     "atomic_writer",
     "clear_cache",
     "compute_weight_hash",
+    "compute_weight_hash_rust",
     "configure",
+    "create_aggressive_config",
     "detect_weight_format",
+    "fastsafetensors_weights_iterator",
     "file_lock",
     "filter_shared_tensors",
     "get_file_lock_path",
     "get_recommended_loader_config",
+    "gguf_quant_weights_iterator",
     "load_and_quantize",
     "load_model_and_tokenizer",
     "load_weights",
     "loader",
+    "multi_thread_pt_weights_iterator",
+    "multi_thread_safetensors_weights_iterator",
     "open_checkpoint",
     "preset",
     "preset_names",
+    "pt_weights_iterator",
+    "runai_safetensors_weights_iterator",
+    "safetensors_weights_iterator",
     "validate_weight_shapes",
+    "validate_weight_shapes_rust",
 ]
 
 _PLACES = {
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "checkpoints.detect": ("WeightFormat", "detect_weight_format"),
-    "errors": ("BadCheckpoint", "BadSpec", "StorageError", "TransientIOError", "VerifyFailed", "WeightmillError"),
+    "errors": (
+        "BadCheckpoint", "BadSpec", "MissingFile", "StorageError", "TransientIOError", "VerifyFailed",
+        "WeightmillError",
+    ),
     "loading.cache": ("WeightCache",),
-    "loading.checks": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
-    "loading.config": ("LoadConfig",),
-    "loading.load": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
+    "loading.checks": (
+        "compute_weight_hash", "compute_weight_hash_rust", "filter_shared_tensors", "validate_weight_shapes",
+        "validate_weight_shapes_rust",
+    ),
+    "loading.checkpoint_loader": ("CheckpointLoader",),
+    "loading.config": ("LoadConfig", "WeightLoaderConfig", "create_aggressive_config"),
+    "loading.load": ("clear_cache", "load_and_quantize", "load_weights"),
     "loading.quantized_tensor": ("QuantizedTensor",),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
+    "loading.statistics": ("Statistics",),
     "models": (
         "Backend",
         "LoadingStrategy",
@@ -133,7 +179,12 @@ _PLACES = {
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
     "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
-}
+    "strategies.iterators": (
+        "fastsafetensors_weights_iterator", "gguf_quant_weights_iterator", "multi_thread_pt_weights_iterator",
+        "multi_thread_safetensors_weights_iterator", "pt_weights_iterator", "runai_safetensors_weights_iterator",
+        "safetensors_weights_iterator",
+    ),
+}  # fmt: skip
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 

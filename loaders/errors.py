@@ -51,7 +51,11 @@ class BadSpec(WeightmillError):
     def __reduce__(self) -> tuple[type[BadSpec], tuple[tuple[str, ...], str]]:
         # By default an exception is unpickled from its `args`, here the joined text, which would lose the separate
         # problems on the way back from a worker process.
-        return BadSpec, (self.problems, self.remedy)
+        return type(self), (self.problems, self.remedy)
+
+
+class MissingFile(BadSpec, FileNotFoundError):
+    """Nothing is where the request says that weights are."""
 
 
 class BadCheckpoint(WeightmillError):
@@ -100,6 +104,8 @@ def io_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except WeightmillError:  # MissingFile is an OSError, too, and says more
+        raise
     except OSError as error:
         kind = TransientIOError if errno.errorcode.get(error.errno or 0) in PASSING else StorageError
         is_no_place = action == "making" and error.errno == errno.ENOENT

@@ -18,6 +18,15 @@ from loaders.storage.atomic import write_file
 MOST = 0.9
 
 
+class Figure(float):
+    """A number that is also an answer: `stats.throughput_gbps` and `stats.throughput_gbps()` give the same."""
+
+    __slots__ = ()
+
+    def __call__(self) -> float:
+        return float(self)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStats:
     """The time and memory that a load or a unit took. Adding two adds their seconds, also `wall_s` of parallel units.
@@ -56,9 +65,9 @@ class LoadStats:
         return "warm" if share >= MOST else "cold" if share <= 1 - MOST else "mixed"
 
     @property
-    def throughput_gbps(self) -> float:
-        """Gigabytes (1e9 bytes) of source per second of wall time."""
-        return self.bytes / self.wall_s / 1e9 if self.wall_s else 0.0
+    def throughput_gbps(self) -> Figure:
+        """Gigabytes (1e9 bytes) of source per second of wall time; a number, which may also be called."""
+        return Figure(self.bytes / self.wall_s / 1e9 if self.wall_s else 0.0)
 
     def __add__(self, other: LoadStats) -> LoadStats:
         return LoadStats(
@@ -139,6 +148,11 @@ class ErrorSums:
         return math.sqrt(self.error2 / self.source2) if self.source2 else math.inf
 
     @property
+    def mse(self) -> float:
+        """The mean squared error, sum e^2 / weights, in the unit of the weights squared; 0 if there are none."""
+        return self.error2 / self.numel if self.numel else 0.0
+
+    @property
     def sqnr_db(self) -> float:
         """The signal to quantization noise ratio in decibels; infinite if exact."""
         return -20 * math.log10(self.relative_error) if 0 < self.relative_error < math.inf else math.inf
@@ -152,7 +166,12 @@ class ErrorSums:
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """The size and error of one quantized tensor. `scheme` is the kind of its quantization."""
+    """The size and error of one quantized tensor. `scheme` is the kind of its quantization.
+
+    `error` has the sums, from which the relative error and the mean squared one follow. As a mapping of figures, which
+    is how others have a layer's statistics, it answers to "num_params", "compression_ratio" and "error"; the last is
+    then the mean squared error, one number.
+    """
 
     scheme: str
     parameters: int  # weights
@@ -160,10 +179,38 @@ class LayerStats:
     output_bytes: int  # codes, scales and everything else that is stored for it
     error: ErrorSums
 
+    @property
+    def num_params(self) -> int:
+        """The same as `parameters`."""
+        return self.parameters
+
+    @property
+    def compression_ratio(self) -> float:
+        """Source bytes over output bytes; 0 if there is no output."""
+        return self.source_bytes / self.output_bytes if self.output_bytes else 0.0
+
+    @property
+    def mse(self) -> float:
+        """The mean squared error of its weights."""
+        return self.error.mse
+
+    @property
+    def relative_error(self) -> float:
+        """The relative error of its weights, sqrt(sum e^2 / sum x^2)."""
+        return self.error.relative_error
+
+    def __getitem__(self, figure: str) -> float:
+        figures = {"num_params": self.num_params, "compression_ratio": self.compression_ratio, "error": self.mse}
+        return figures[figure]
+
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class CompressionStats:
-    """The size and error of a whole output. `layer_stats` has its quantized tensors by name, if they were recorded."""
+    """The size and error of a whole output. `layer_stats` has its quantized tensors by name, if they were recorded.
+
+    Errors called `..._error` are relative, sqrt(sum e^2 / sum x^2), and so comparable between models; those called
+    `..._mse` are mean squared, as other tools report them.
+    """
 
     tensors: int = 0  # tensors of the source, including those that stay unquantized
     parameters: int = 0  # weights in them
@@ -228,6 +275,22 @@ class CompressionStats:
         """The largest relative error in `layer_stats`; 0 if it is empty."""
         return max((layer.error.relative_error for layer in self.layer_stats.values()), default=0.0)
 
+    @property
+    def total_mse(self) -> float:
+        """The mean squared error over every quantized weight."""
+        return self.error.mse
+
+    @property
+    def mean_layer_mse(self) -> float:
+        """The unweighted mean of the mean squared errors in `layer_stats`; 0 if it is empty."""
+        errors = [layer.mse for layer in self.layer_stats.values()]
+        return sum(errors) / len(errors) if errors else 0.0
+
+    @property
+    def max_layer_mse(self) -> float:
+        """The largest mean squared error in `layer_stats`; 0 if it is empty."""
+        return max((layer.mse for layer in self.layer_stats.values()), default=0.0)
+
     def __repr__(self) -> str:
         layers = (
             f", {len(self.layer_stats)} layers: mean error {self.mean_layer_error:.4g}, max {self.max_layer_error:.4g}"
@@ -264,7 +327,13 @@ class CompressionStats:
             **{key: getattr(self, key) for key in TOTALS},
             "error": sums_json(self.error),
             "layer_stats": {
-                name: {**asdict(layer), "error": sums_json(layer.error), "relative_error": _json(layer)}
+                name: {
+                    **asdict(layer),
+                    "error": sums_json(layer.error),
+                    "compression_ratio": layer.compression_ratio,
+                    "relative_error": finite(layer.relative_error),
+                    "mse": finite(layer.mse),
+                }
                 for name, layer in self.layer_stats.items()
             },
             **{key: finite(getattr(self, key)) for key in FIGURES},
@@ -299,11 +368,8 @@ class CompressionStats:
 TOTALS = ("tensors", "parameters", "source_bytes", "output_bytes")
 FIGURES = (
     "original_size_mb", "quantized_size_mb", "compression_ratio", "total_error", "mean_layer_error", "max_layer_error",
+    "total_parameters", "total_mse", "mean_layer_mse", "max_layer_mse",
 )  # fmt: skip
-
-
-def _json(layer: LayerStats) -> float | None:
-    return finite(layer.error.relative_error)
 
 
 def sums_json(sums: ErrorSums) -> dict[str, Any]:

@@ -265,6 +265,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     return replace(found, layers=layer_count(config) or 0)
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether `architecture_of` knows what a config is of."""
+    return isinstance(config.get(GGUF_ARCHITECTURE), str) or _architecture(config.get("model_type")) is not None
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a config.json with what transformers' class takes for the keys that it leaves out."""
     found = architecture_of(config).defaults

@@ -124,6 +124,19 @@ def _mlx() -> Backend:
     return Backend("mlx", ("mlx",), "mlx on the CPU", *memory)
 
 
+def device_name(device: Any) -> str | None:
+    """Return the name of a device, which may be torch's own object for it. None stands for arrays of numpy's.
+
+    Raises:
+        BadSpec: it is neither.
+    """
+    if device is None or isinstance(device, str):
+        return device
+    if type(device).__module__ == "torch":
+        return str(device)
+    raise BadSpec(f"device: expected a name as cpu or cuda:0, a torch.device or None, found {str(device)[:100]!r}")
+
+
 def torch_device(device: str) -> tuple[Any, Any]:
     """Return torch, and its device of a name ("cpu", "cuda", "cuda:1", "mps").
 

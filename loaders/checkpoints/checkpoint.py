@@ -27,7 +27,7 @@ from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declarat
 from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, unwrapped
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
-from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.errors import BadCheckpoint, BadSpec, MissingFile, setting
 from loaders.limits import JSON_CONFIG, MOST_FILES, MOST_FOLDERS, shown
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
@@ -35,6 +35,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import read_json
+from loaders.storage.listed_files import ListedFiles
 from loaders.storage.lone_file import LoneFile
 from loaders.storage.within import Within
 
@@ -78,10 +79,13 @@ class Checkpoint:
         """Return the local folder, for engines that read folders themselves; of a lone file, one of links to it.
 
         Raises:
-            BadSpec: the checkpoint is not on this machine; `why` begins the message and says who needs a folder.
+            BadSpec: the checkpoint is not on this machine, or files of a list; `why` begins the message and says who
+                needs a folder.
         """
         if isinstance(self.source.store, LoneFile) and self.source.store.is_local:
             return Path(self._alone.name)
+        if isinstance(self.source.store, ListedFiles):
+            raise BadSpec(f"{why}, and these are files of a list; put them into a folder of their own and give that")
         return self.source.path("", why)
 
     @cached_property
@@ -166,7 +170,8 @@ def open_checkpoint(
     store = open_source(where) if isinstance(where, str | os.PathLike | Address) else where
     key = key or setting("checkpoint")
     if (found := store.absence()) is not None:
-        raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
+        kind = BadSpec if found.startswith(("a file", "an output")) else MissingFile
+        raise kind(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
     _check_listed(store, everything)
     links = check_links(store, everything)
@@ -254,14 +259,10 @@ def _headers_of(part: str, headers: Headers) -> Headers:
     return {name.removeprefix(f"{part}/"): found for name, found in headers.items() if name.startswith(f"{part}/")}
 
 
-def _tensors(
-    source: PinnedFiles,
-    container: str,
-    names: Sequence[str],
-    index: Mapping[str, str] | None,
-    headers: Headers = NO_HEADERS,
-) -> tuple[tuple[WeightSpec, ...], list[str]]:
-    """Read the headers of weight files that are not known; returns their tensors and notes about them."""
+def read_headers(
+    source: PinnedFiles, container: str, names: Sequence[str], headers: Headers = NO_HEADERS
+) -> tuple[list[WeightSpec], list[str]]:
+    """Read the headers of weight files that are not known; returns all tensors, in order, and notes about them."""
     said = list[str]()
 
     def read(name: str) -> tuple[WeightSpec, ...]:
@@ -280,12 +281,36 @@ def _tensors(
     else:
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             found = [spec for specs in pool.map(read, names) for spec in specs]
+    return found, sorted(said)
+
+
+def settled(
+    source: PinnedFiles, container: str, found: Sequence[WeightSpec], index: Mapping[str, str] | None
+) -> tuple[tuple[WeightSpec, ...], list[str]]:
+    """Return each tensor once, by the name that engines know, and notes about that."""
     weights, notes = single(source, found, index)
     # A GGUF's names are llama.cpp's own, whatever the training's were.
     if container != "gguf":
         weights, renamed = unwrapped(weights)
         notes += [*renamed, *adapter_notes(weights)]
-    return weights, [*sorted(said), *notes]
+    return weights, notes
+
+
+def _tensors(
+    source: PinnedFiles,
+    container: str,
+    names: Sequence[str],
+    index: Mapping[str, str] | None,
+    headers: Headers = NO_HEADERS,
+) -> tuple[tuple[WeightSpec, ...], list[str]]:
+    found, said = read_headers(source, container, names, headers)
+    weights, notes = settled(source, container, found, index)
+    return weights, [*said, *notes]
+
+
+def described_by(source: PinnedFiles) -> tuple[str, ...]:
+    """Return the files beside weights that describe their quantization."""
+    return tuple(name for name in METHOD_FILES if source.find(name) is not None)
 
 
 def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkpoint:
@@ -300,13 +325,12 @@ def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkp
     if not weights:
         raise BadCheckpoint(f"{address}: it holds no tensors")
     config = gguf_config(source, [name], weights) if container == "gguf" else read_config(source)
-    described = tuple(each for each in METHOD_FILES if source.find(each) is not None)
     return Checkpoint(
         source=source,
         container=container,
         files=(source.entry(name),),
         weights=weights,
         config=config,
-        aux=described,
+        aux=described_by(source),
         notes=tuple(notes),
     )

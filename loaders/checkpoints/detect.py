@@ -9,7 +9,7 @@ import struct
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.containers import CONTAINERS, packed
 from loaders.containers.pytorch import open_zip
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, MissingFile
 from loaders.limits import SAFETENSORS_HEADER
 from loaders.storage import open_store
 from loaders.storage.address import Address
@@ -24,16 +24,21 @@ TEXT = (b"<!DOCTYPE", b"<html", LFS)
 
 
 class WeightFormat(enum.Enum):
-    """The format of a weight file: a container that is read here, or UNKNOWN."""
+    """The format of a weight file: a container that is read here, or UNKNOWN.
+
+    CUSTOM is another name of PACKED, the one format here that is no common one. Libraries that have CUSTOM for whatever
+    they do not know mean UNKNOWN.
+    """
 
     SAFETENSORS = "safetensors"
     PYTORCH = "pytorch"
     GGUF = "gguf"
     PACKED = "packed"
+    CUSTOM = "packed"  # noqa: PIE796  # a second name of the same format
     UNKNOWN = "unknown"
 
 
-def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
+def detect_weight_format(file_path: str | os.PathLike[str] | Address) -> WeightFormat:
     """Return the format of a file, or of the weights in a folder.
 
     A file's bytes decide, whatever its name is. Other files are UNKNOWN, as are plain pickles without torch's magic
@@ -41,23 +46,23 @@ def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
     names and their manifest, which is checked, identify them.
 
     Raises:
-        BadSpec: nothing exists at the path.
+        MissingFile: nothing exists at the path.
         BadCheckpoint: a file is empty, is shorter than its header says, or holds something else than its name says (an
             error page, a Git LFS pointer).
     """
-    address = Address.of(path)
+    address = Address.of(file_path)
     if open_store(address).absence() is None:
         return _of_folder(address)
     files, name = PinnedFiles(open_store(address.parent)), address.name
     entry = files.find(name)
     if entry is None:
-        raise BadSpec(f"{address}: expected a file of weights or a folder, found nothing there")
+        raise MissingFile(f"{address}: expected a file of weights or a folder, found nothing there")
     first = bytes(files.read(name, 0, min(64, entry.size)))
     is_torch = first[:4] == b"PK\x03\x04" or LEGACY_TORCH in first
     if not is_torch and (folder := packed_folder(address)) is not None:
         packed.read(PinnedFiles(open_store(folder)))
         return WeightFormat.PACKED
-    named = _by_name(name)
+    named = format_by_name(name)
     found = _by_bytes(files, name, first, named)
     if found is WeightFormat.UNKNOWN and named is not WeightFormat.UNKNOWN:
         lone = f", with {packed.MANIFEST} beside it if it is packed" if name == packed.WEIGHTS else ""
@@ -80,7 +85,8 @@ def _of_folder(address: Address) -> WeightFormat:
         return WeightFormat.UNKNOWN
 
 
-def _by_name(name: str) -> WeightFormat:
+def format_by_name(name: str) -> WeightFormat:
+    """Return the format that a file's suffix is usual for."""
     for container in CONTAINERS.values():
         if container.suffixes and name.endswith(container.suffixes):
             return WeightFormat(container.name)

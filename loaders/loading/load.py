@@ -6,36 +6,39 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loaders.architectures.gguf import is_known
 from loaders.backends import may_differ, offered
 from loaders.backends.arrays import as_torch
 from loaders.backends.devices import torch_device
 from loaders.backends.memory import PeakMemory
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
-from loaders.checkpoints.detect import WeightFormat, detect_weight_format, packed_folder
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.file_lists import Given, open_weights
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
+from loaders.loading.cache import WeightCache
 from loaders.loading.checks import validate_weight_shapes
-from loaders.loading.config import LoadConfig, load_config, matches
+from loaders.loading.config import LoadConfig, WeightLoaderConfig, aggressively, load_config, matches
 from loaders.loading.encode import MadeTensors, WantedTensor, make
 from loaders.loading.quantized_tensor import QuantizedTensor, float_dtype
 from loaders.loading.resources import shared
+from loaders.loading.statistics import Statistics
 from loaders.presets.settings import Quant
 from loaders.quantization.gate import Gate
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.llama_cpp import GgmlMix, fallback_notes
 from loaders.rules.refusals import ragged_notes
-from loaders.rules.rule import Decision
+from loaders.rules.rule import Decision, Mix, Rule
 from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
-from loaders.storage import open_store
 from loaders.storage.hashes import text_digest
-from loaders.storage.hub.names import source_address
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable
@@ -45,62 +48,55 @@ CACHE_FORMAT = 2  # part of every key: raised when the same request would give o
 Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """The statistics of a load. `compression` is None if nothing was quantized; `notes` are remarks for the user.
-
-    With `from_cache`, quantized and cast tensors came from the cache on disk; `load` still counts the bytes of their
-    source.
-    """
-
-    load: LoadStats
-    compression: CompressionStats | None = None
-    from_cache: bool = False
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [str(self.load), *([] if self.compression is None else [repr(self.compression)]), *self.notes]
-        return "\n".join([*lines, *(["from the cache"] if self.from_cache else [])])
-
-
 def load_weights(
-    path: str | os.PathLike[str],
-    quantize: str | bool | None = None,
-    layer_filter: str | Sequence[str] | None = None,
-    device: str = "cpu",
+    path: Given,
+    quantize: str | bool | Quant | None = None,
+    layer_filter: str | Sequence[str] | bool | None = None,
+    device: Any = "cpu",
     dtype: Any = None,
+    *,
+    aggressive: bool = False,
     **settings: Any,
 ) -> tuple[Weights, Statistics]:
-    """Load the weights of a file or folder of any container, as torch tensors by name.
+    """Load the weights of a file or folder of any container, as torch tensors by name; returns them with statistics.
 
-    quantize: a preset ("nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_k_m", ...) or True (nf4). Its engine's rules decide
-    which tensors are quantized; those are returned as `QuantizedTensor`s. Weights that are quantized in the source are
-    decoded if `quantize` or `dtype` is given, and returned as stored otherwise; of tied tensors, one is then returned.
-    layer_filter: part of a name, a pattern with * and ?, or several; tensors that match any of them are loaded.
+    path: a folder, one file, a list of files, an address or a Checkpoint, as `WeightLoader.iterate_weights` takes them.
+    quantize: a preset ("nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_k_m", ...), or what `preset` made of one, or True:
+    nf4 (in a `CheckpointLoader` True is ternary). Its engine's rules decide which tensors are quantized; those are
+    returned as `QuantizedTensor`s. Weights that are quantized in the source are decoded if `quantize` or `dtype` is
+    given, and returned as stored otherwise; of tied tensors, one is then returned.
+    layer_filter: part of a name, a pattern with * and ?, or several; tensors that match any of them are loaded. A truth
+    value in this place is `aggressive`: load_weights(path, True, True, "cpu").
+    aggressive: quantize to ternary_aggressive, the smallest; `quantize` is then not given, True or "ternary".
     settings: other fields of `LoadConfig`, such as use_cache=True or strategy="multithread".
 
     Unchanged weights on the CPU are not copied: they are private memory maps of their file.
 
     Raises:
-        BadSpec: the request is wrong, or cannot be done for this checkpoint or on this machine.
+        BadSpec: the request is wrong, or cannot be done for this checkpoint or on this machine (MissingFile: no file).
         BadCheckpoint: files are damaged, or shapes are not the expected ones.
         VerifyFailed: weights are NaN or infinite, or errors exceed the limit.
         StorageError: a file cannot be read.
     """
+    if isinstance(layer_filter, bool):
+        layer_filter, aggressive = None, layer_filter or aggressive
     wanted = None if dtype is None else float_dtype(dtype).torch
-    asked = {"quantize": quantize, "layer_filter": layer_filter, "device": device, "dtype": wanted, **settings}
-    return load_and_quantize(path, asked)
+    asked = {"layer_filter": layer_filter, "device": device, "dtype": wanted, **settings}
+    return load_and_quantize(path, {"quantize": aggressively(quantize) if aggressive else quantize, **asked})
 
 
 def load_and_quantize(
-    path: str | os.PathLike[str], config: LoadConfig | Mapping[str, Any]
+    path: Given, config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Quant | None = None
 ) -> tuple[Weights, Statistics]:
     """Load weights as `load_weights` does, by a config or a mapping of its fields.
+
+    config: also a `WeightLoaderConfig`, or a quantization alone: what `preset` and `create_aggressive_config` return.
+    None is nf4.
 
     Raises:
         As load_weights; BadSpec: a field is unknown or wrong, all such faults at once.
     """
-    checked = config if isinstance(config, LoadConfig) else load_config(config)
+    checked = load_config(config)
     quant, began = checked.quant, time.perf_counter()
     checkpoint = open_weights(path)
     if quant is None and checked.dtype is None:
@@ -114,33 +110,19 @@ def load_and_quantize(
     return weights, replace(stats, load=replace(stats.load, wall_s=time.perf_counter() - began))
 
 
-def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder, or one file of any name, as a checkpoint. A file of a packed checkpoint stands for its folder.
-
-    Raises:
-        BadSpec: nothing exists at the path, or it holds no known weights.
-        BadCheckpoint: the checkpoint is damaged.
-    """
-    address = source_address(path)
-    # Of a repository, opening it says best why it cannot be read.
-    if address.scheme == "hf" or open_store(address).absence() is None:
-        return open_checkpoint(address, key="path")
-    found = detect_weight_format(path)
-    if found is WeightFormat.PACKED and (folder := packed_folder(address)) is not None:
-        return open_checkpoint(folder, found.value, key="path")
-    if found is WeightFormat.UNKNOWN:
-        known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
-        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known}")
-    return open_file(path, found.value)
-
-
-def clear_cache() -> int:
-    """Remove what loads with use_cache=True left on disk; returns the bytes that were freed.
+def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
+    """Remove what loads with use_cache=True left on disk, in a folder or where `configure` says; returns the bytes that
+    were freed.
 
     Raises:
         StorageError: a file cannot be removed.
     """
-    return shared().cache.clear()
+    return cache_in(cache_dir).clear()
+
+
+def cache_in(folder: str | os.PathLike[str] | None) -> WeightCache:
+    """Return the cache in a folder; None is that of the process."""
+    return shared().cache if folder is None else WeightCache(Path(folder))
 
 
 def _none_matches(config: LoadConfig, names: Sequence[str]) -> BadSpec:
@@ -156,7 +138,16 @@ def _as_stored(checkpoint: Checkpoint, config: LoadConfig) -> tuple[Weights, Sta
     strategy = loader(config.strategy)
     weights = strategy.load_weights(checkpoint, names=wanted, device=config.device)
     notes = ("quantized in the source: weights are as stored; dtype or quantize decodes them",)
-    return weights, Statistics(strategy.stats, notes=notes if checkpoint.quantized_by is not None else ())
+    specs = [spec for spec in checkpoint.weights if spec.name in weights]
+    size = sum(spec.size for spec in specs)
+    sizes = CompressionStats(
+        tensors=len(specs),
+        parameters=sum(spec.numel() for spec in specs),
+        source_bytes=size,
+        output_bytes=size,
+    )
+    said = notes if checkpoint.quantized_by is not None else ()
+    return weights, Statistics(strategy.stats, notes=said, sizes=sizes)
 
 
 def _check_shapes(config: LoadConfig, found: Sequence[Any]) -> None:
@@ -207,18 +198,27 @@ class Loading:
         config = self._config
         scheme = Plain() if quant is None else quant.scheme
         mix = None if quant is None else quant.mix
-        rules = None if mix is None else mix.rules(tensors, self._checkpoint.config)
+        rules = None if mix is None else self._rules_of(mix, tensors)
         mine = [tensor for tensor in tensors if matches(tensor.name, config.layer_filter)]
         if not mine:
             raise _none_matches(config, [tensor.name for tensor in tensors])
         decisions = decide(mine, scheme, (), rules)
-        self._notes = (*self._notes, *ragged_notes(decisions))
+        self._notes = (*self._notes, *ragged_notes(decisions), *fallback_notes(decisions))
         placed = self._placed(decisions, quant)
         return [
             self._wanted(decision, placed.get(decision.tensor.name))
             for decision in decisions
             if decision.action != "drop"
         ]
+
+    def _rules_of(self, mix: Mix, tensors: Sequence[Any]) -> Sequence[Rule]:
+        """Return a mix's rules. llama.cpp's ask what a model is; where it does not know, names of tensors tell."""
+        config = self._checkpoint.config
+        if not isinstance(mix, GgmlMix) or is_known(config):
+            return mix.rules(tensors, config)
+        who = "no config.json says what the model is" if not config.get("model_type") else "llama.cpp has no such model"
+        self._notes = (*self._notes, f"{who}: types are chosen by the names of tensors")
+        return mix.rules_by_role(tensors)
 
     def _placed(self, decisions: Sequence[Decision], quant: Quant | None) -> dict[str, Placed]:
         """Return what the engine's layout says about each tensor: the cast before quantizing, the names of parts."""
@@ -293,13 +293,13 @@ class Loading:
 
         if not self._config.use_cache:
             return fresh(), False
-        cache = shared().cache
+        cache = self._cache
         key = self._key(items)
-        if (found := _from_cache(key, items)) is not None:
+        if (found := _from_cache(cache, key, items)) is not None:
             return found, True
         with cache.making(key):
             # Another process may have made the entry while this one waited for the lock.
-            if (found := _from_cache(key, items)) is not None:
+            if (found := _from_cache(cache, key, items)) is not None:
                 return found, True
             # Tensors that fail the gate raise here, and so never enter the cache.
             made = fresh()
@@ -309,9 +309,13 @@ class Loading:
             cache.put(key, parts, {"errors": errors, "source": str(self._checkpoint.address)})
         return made, False
 
+    @property
+    def _cache(self) -> WeightCache:
+        return cache_in(self._config.cache_dir)
+
     def _key(self, items: Sequence[WantedTensor]) -> str:
         """Return the cache key: a digest of the files' content, the config, and everything that is made of them."""
-        checkpoint, cache = self._checkpoint, shared().cache
+        checkpoint, cache = self._checkpoint, self._cache
         used = {spec.file for item in items for _, spec in item.tensor.stored}
         content = [(t.name, cache.content_of(checkpoint.source, t.name)) for t in checkpoint.files if t.name in used]
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
@@ -336,10 +340,8 @@ class Loading:
             for item in items
             if item.encoding is not None
         }  # fmt: skip
-        if not layers:
-            return Statistics(load, None, from_cache, self._notes)
         plain = [item for item in items if item.encoding is None]
-        compression = CompressionStats(
+        sizes = CompressionStats(
             tensors=len(items),
             parameters=sum(item.tensor.spec.numel for item in items),
             source_bytes=read,
@@ -347,11 +349,14 @@ class Loading:
             error=sum((layer.error for layer in layers.values()), ErrorSums()),
             layer_stats=layers,
         )
-        return Statistics(load, compression, from_cache, self._notes)
+        notes = self._notes
+        if layers and not self._config.measure:
+            notes = (*notes, "errors were not measured: those of the statistics are 0")
+        return Statistics(load, sizes if layers else None, from_cache, notes, sizes)
 
 
-def _from_cache(key: str, items: Sequence[WantedTensor]) -> MadeTensors | None:
-    entry = shared().cache.get(key)
+def _from_cache(cache: WeightCache, key: str, items: Sequence[WantedTensor]) -> MadeTensors | None:
+    entry = cache.get(key)
     if entry is None:
         return None
     try:

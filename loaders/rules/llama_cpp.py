@@ -9,7 +9,7 @@ Source: llama.cpp 0.5 (as in llama-cpp-python 0.3.36), src/llama-quant.cpp: llam
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +25,9 @@ from loaders.architectures.gguf import (
     number,
 )
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, Shape
+from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
-from loaders.rules.rule import Rule
+from loaders.rules.rule import Decision, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.repacked import holds_mxfp4
 
@@ -60,6 +61,10 @@ PARTS = tuple(
 )
 VALUES = ("attn_v", "attn_qkv", "attn_kv_b")  # parts that are taken for values of attention
 GLM5_NEXT = re.compile(r"attn_q_[ab]|nextn\.eh_proj")  # what is quantized to no fewer than 8 bits there
+BITNET = "BitNet's packed ternary"  # no type of ggml's: two bits a weight, one scale a tensor
+NOT_DIVIDED = "its rows do not divide"
+# What stays as it is where nothing but names tells of a model.
+KEPT_ROLES = ("norm", "router", "bias", "buffer", "conv", "conv1d", "other")
 LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -84,22 +89,32 @@ class GgmlMix:
         Raises:
             BadSpec: the model's architecture is not known.
         """
-        architecture = architecture_of(config)
-        model = _Model.of(architecture, completed(config), tensors)
+        model = _Model.of(architecture_of(config), completed(config), tensors)
+        return self._rules((tensor, self._chosen(tensor, model)) for tensor in tensors)
+
+    def rules_by_role(self, tensors: Sequence[LogicalTensor]) -> tuple[Rule, ...]:
+        """Return rules for tensors of a model that llama.cpp does not know, or that nothing tells about.
+
+        Matrices get the mix's main type, embedding and output projection the types that were asked for, else those of
+        the mix: what a tensor is, its name has to tell. No engine reads the result, so that ternary weights whose rows
+        blocks do not divide are packed as BitNet's own, which divides none.
+        """
+        return self._rules((tensor, self._chosen_by_role(tensor)) for tensor in tensors)
+
+    def _rules(self, chosen: Iterable[tuple[LogicalTensor, tuple[str, str]]]) -> tuple[Rule, ...]:
         by_type: dict[tuple[str, str], set[str]] = {}
-        for tensor in tensors:
-            chosen, why = self._chosen(tensor, model)
-            if tensor.dtype.name == chosen:
-                chosen, why = "keep", "it is of its type already"
-            by_type.setdefault((chosen, why), set()).add(tensor.name)
-        return tuple(self._rule(chosen, why, frozenset(found)) for (chosen, why), found in sorted(by_type.items()))
+        for tensor, (kind, why) in chosen:
+            is_there = tensor.dtype.name == kind
+            found = ("keep", "it is of its type already") if is_there else (kind, why)
+            by_type.setdefault(found, set()).add(tensor.name)
+        return tuple(self._rule(kind, why, frozenset(found)) for (kind, why), found in sorted(by_type.items()))
 
     def _rule(self, chosen: str, why: str, names: frozenset[str]) -> Rule:
         if chosen == "keep":
             return Rule(action="keep", why=why, names=names)
         if chosen in FLOATS:
             return Rule(action="cast", why=why, names=names, cast_to=chosen)
-        scheme = Ggml(chosen, self.absmean and chosen in TERNARY)
+        scheme = Ternary() if chosen == BITNET else Ggml(chosen, self.absmean and chosen in TERNARY)
         return Rule(action="quantize", why=f"{why}: {chosen}", names=names, scheme=scheme)
 
     def _chosen(self, tensor: LogicalTensor, model: _Model) -> tuple[str, str]:
@@ -116,10 +131,28 @@ class GgmlMix:
         if default in FLOATS or not model.architecture.is_quantized(found.name, found.shape):
             return "keep", "llama.cpp keeps vectors, norms and routers"
         asked = self._asked(found, model)
-        chosen = asked or (default if self.pure else _type(self.name, default, found, model))
+        return self._fitting(asked or (default if self.pure else _type(self.name, default, found, model)), tensor)
+
+    def _chosen_by_role(self, tensor: LogicalTensor) -> tuple[str, str]:
+        default = MIXES[self.name]
+        if tensor.dtype.name not in WEIGHT_DTYPES or tensor.role in KEPT_ROLES or len(tensor.shape) < 2:
+            return "keep", "no matrix of a layer, or numbers that are no weights"
+        if default in FLOATS:
+            return default, f"llama.cpp's {self.name}"
+        ends = {
+            "embedding": self.embedding or ("Q4_K" if default in TERNARY else default),
+            "head": self.output or ("Q8_0" if default == "Q8_0" else "Q6_K"),
+        }
+        chosen, why = self._fitting(default if self.pure else ends.get(tensor.role, default), tensor)
+        if self.absmean and NOT_DIVIDED in why and tensor.role not in ends and not Ternary().refuses(tensor.spec):
+            return BITNET, why
+        return chosen, why
+
+    def _fitting(self, chosen: str, tensor: LogicalTensor) -> tuple[str, str]:
+        """Return a type, or what stands for it where its blocks do not divide the tensor's rows, and the reason."""
         fitting = fallback(chosen, tensor.shape[-1])
         if fitting != chosen:
-            return fitting, f"its rows do not divide into {chosen}'s blocks of {DTYPES[chosen].block}"
+            return fitting, f"{NOT_DIVIDED} into {chosen}'s blocks of {DTYPES[chosen].block}"
         return chosen, f"llama.cpp's {self.name}"
 
     def _asked(self, tensor: _Tensor, model: _Model) -> str | None:
@@ -227,6 +260,19 @@ def fallback(chosen: str, columns: int) -> str:
         return chosen
     second = FALLBACK.get(chosen, chosen)
     return second if columns % DTYPES[second].block == 0 else "F16"
+
+
+def fallback_notes(decisions: Iterable[Decision]) -> list[str]:
+    """Return a sentence for each type that stands for another whose blocks do not divide rows."""
+    found: dict[str, list[str]] = {}
+    for decision in decisions:
+        if decision.rule.why.startswith(NOT_DIVIDED):
+            found.setdefault(decision.rule.why, []).append(decision.tensor.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}:"
+        f" {why.replace('its rows', 'rows', 1).replace(': ', '; stored as ')}"
+        for why, names in found.items()
+    ]
 
 
 def _more_bits(layer: int, layers: int) -> bool:

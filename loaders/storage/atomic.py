@@ -138,7 +138,7 @@ def holder(path: Path) -> str:
 
 
 class AtomicWriter:
-    """A context manager that replaces a file atomically: `with AtomicWriter(path) as file`.
+    """A context manager that replaces a file atomically: `with AtomicWriter(filepath) as file`.
 
     An existing file stays until the block ends without an error, and after a crash. File and folder are synced. The
     mode bits are those of the existing file, else 0o666 less the umask. A symbolic link stays: the file that it points
@@ -149,12 +149,12 @@ class AtomicWriter:
         StorageError: the folder cannot be written, the disk is full, ...; the existing file is unchanged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mode: str = "wb", *, encoding: str | None = None) -> None:
+    def __init__(self, filepath: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None) -> None:
         if mode not in ("w", "wb", "wt"):
             raise ValueError(f"mode: expected 'wb' or 'w', found {mode!r}: a file that appears whole is written anew")
         if "b" in mode and encoding is not None:
             raise ValueError(f"encoding: {encoding!r} is for text; give mode='w'")
-        self.path = Path(path)
+        self.path = Path(filepath)
         self._target = Path(os.path.realpath(self.path))
         self._temporary = _temporary(self._target)
         self._mode = "wb" if "b" in mode else "w"
@@ -197,21 +197,31 @@ class AtomicWriter:
 
 
 @contextmanager
-def atomic_writer(path: str | os.PathLike[str], mode: str = "wb", *, encoding: str | None = None) -> Iterator[IO[Any]]:
+def atomic_writer(filepath: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None) -> Iterator[IO[Any]]:
     """Replace a file atomically, as `AtomicWriter`; OSErrors inside the block become StorageErrors with the path.
 
     Raises:
         As AtomicWriter, and whatever the block raises; the new file is removed first.
     """
-    with AtomicWriter(path, mode, encoding=encoding) as file, io_errors("writing", path):
+    with AtomicWriter(filepath, mode, encoding) as file, io_errors("writing", filepath):
         yield file
 
 
-def get_file_lock_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a file's or folder's lock: a hidden file in the same folder, or one in the temporary folder
-    if that folder is read-only. All spellings of a path have the same lock, symbolic links included.
+def get_file_lock_path(
+    model_name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the path of the lock of a file, a folder or a model by its name.
+
+    Without a `cache_dir` it is a hidden file in the same folder, or one in the temporary folder if that folder is
+    read-only or not there; all spellings of a path have the same lock, symbolic links included. With one it is a file
+    there, named by the name or path as it is given, so that all machines that share the folder have the same lock.
     """
-    real = Path(os.path.realpath(path))
+    if cache_dir is not None:
+        name = os.fspath(model_name_or_path)
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        # The end of a path tells most; a name may be longer than a filesystem takes.
+        return Path(cache_dir) / f"{digest}-{name.replace(os.sep, '-')[-100:]}.lock"
+    real = Path(os.path.realpath(model_name_or_path))
     if os.access(real.parent, os.W_OK):
         return real.with_name(f".{real.name}.lock")
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]

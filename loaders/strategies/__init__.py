@@ -84,4 +84,5 @@ def small_reader(files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractCon
 
 def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
     """Return the names of a strategy's settings."""
-    return () if made.__init__ is object.__init__ else tuple(signature(made).parameters)
+    named = () if made.__init__ is object.__init__ else tuple(signature(made).parameters)
+    return tuple(name for name in named if name not in made.second_names)

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from loaders.backends.arrays import gathered, placer
+from loaders.backends.devices import device_name
 from loaders.backends.memory import PeakMemory
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.file_lists import Given, open_weights
 from loaders.dtypes import is_contiguous, storage_of
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import WeightSpec
@@ -28,7 +30,6 @@ from loaders.storage import local
 from loaders.storage.base import Entry, PinnedFiles
 from loaders.words import counted
 
-Source = Checkpoint | Path | str
 SLICE_BYTES = 32 << 20  # the default slice: large enough for a disk's full rate, small beside any memory
 # Files that are sampled for the share in the page cache. More would not change the choice between warm and cold, and a
 # checkpoint of hundreds of shards on a network filesystem would take long to sample.
@@ -127,12 +128,14 @@ class WeightLoader(ABC):
     """A way of reading. `stats` adds up over everything that one loader has loaded.
 
     `not_for_jobs` says why a job, which reads ranges within a stated memory, cannot use the strategy; else it is empty.
-    `is_local` says that it reads files of a folder of this machine, and no other store.
+    `is_local` says that it reads files of a folder of this machine, and no other store. `second_names` are parameters
+    that only say in other libraries' words what a setting says.
     """
 
     name: ClassVar[str]
     not_for_jobs: ClassVar[str] = ""
     is_local: ClassVar[bool] = True
+    second_names: ClassVar[tuple[str, ...]] = ()
     stats: LoadStats = LoadStats()
 
     @abstractmethod
@@ -146,30 +149,39 @@ class WeightLoader(ABC):
 
     # --- the same for all strategies, by open()
 
-    def get_weight_specs(self, source: Source) -> dict[str, WeightSpec]:
-        """Return what a checkpoint stores, by name, in the order in which it is loaded. Only headers are read.
+    def get_weight_specs(self, file_paths: Given) -> dict[str, WeightSpec]:
+        """Return what is stored, by name, in the order in which it is loaded. Only headers are read.
+
+        file_paths: as for `iterate_weights`.
 
         Raises:
-            BadSpec: no weights there.
+            BadSpec: no weights there (MissingFile: no file), or the files of a list do not belong together.
             BadCheckpoint: they are damaged or incomplete.
         """
-        return {spec.name: spec for spec in self.order(_opened(source).weights)}
+        return {spec.name: spec for spec in self.order(open_weights(file_paths).weights)}
 
     def iterate_weights(
-        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+        self, file_paths: Given, device: Any = None, *, names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Yield every stored tensor, whole and as it is stored, in order.
+        """Yield every stored tensor, whole and as it is stored, in order: (name, tensor).
 
-        Without a device they are numpy arrays of the dtype's `storage` (bfloat16 as uint16); with "cpu", "cuda",
-        "cuda:1", "mps" they are torch tensors there, and with "mlx" mlx arrays. Formats of ggml, and others of less
-        than a byte, stay bytes. A tensor belongs to the caller; one that is not kept makes room for the next.
+        file_paths: a list of weight files, one file, a folder, an address (s3://..., hf://..., https://...), or a
+        Checkpoint. A list is one source: its files are of one container and one model, in any folders, each tensor
+        once; tensors come in the order of the list. One file is exactly that file, also if it is a shard of several.
+
+        device: without one, tensors are numpy arrays of the dtype's `storage` (bfloat16 as uint16); with "cpu",
+        "cuda", "cuda:1", "mps", or a torch.device, they are torch tensors there, and with "mlx" mlx arrays. Formats of
+        ggml, and others of less than a byte, stay bytes.
+
+        names: the tensors that are wanted. A tensor belongs to the caller; one that is not kept makes room for the
+        next.
 
         Raises:
-            BadSpec: a name that the checkpoint does not have, or no such device.
+            BadSpec: a name that the checkpoint does not have, no such device, or as `get_weight_specs`.
             BadCheckpoint: a file is damaged, or changed since its headers were read.
             StorageError: a file cannot be read.
         """
-        checkpoint = _opened(source)
+        device, checkpoint = device_name(device), open_weights(file_paths)
         specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
         with (
             self._counted(checkpoint, specs) as counting,
@@ -185,7 +197,7 @@ class WeightLoader(ABC):
                 del value
 
     def iterate_slices(
-        self, source: Source, *, names: Iterable[str] | None = None, slice_bytes: int | None = None
+        self, file_paths: Given, *, names: Iterable[str] | None = None, slice_bytes: int | None = None
     ) -> Iterator[WeightSlice]:
         """Yield every stored tensor in pieces of at most `slice_bytes` bytes, in memory that does not grow with
         tensors.
@@ -193,7 +205,7 @@ class WeightLoader(ABC):
         Raises:
             As iterate_weights; BadSpec: `slice_bytes` is less than a number takes.
         """
-        checkpoint = _opened(source)
+        checkpoint = open_weights(file_paths)
         specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
         size = self.slice_bytes if slice_bytes is None else slice_bytes
         pieces = [piece for spec in specs for piece in _cut(spec, size)]
@@ -209,10 +221,13 @@ class WeightLoader(ABC):
                 del array
 
     def load_weights(
-        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+        self, file_paths: Given, device: Any = None, *, names: Iterable[str] | None = None
     ) -> dict[str, Any]:
-        """Load all tensors, or those of `names`, by name. Those that share their bytes on disk share their memory."""
-        checkpoint = _opened(source)
+        """Load all tensors, or those of `names`, by name. Those that share their bytes on disk share their memory.
+
+        Arguments and errors as `iterate_weights`.
+        """
+        checkpoint = open_weights(file_paths)
         specs = _selected(checkpoint, names)
         aliases = {s.name: s.alias for s in specs if s.alias is not None and _same_place(checkpoint, s)}
         fetched = {s.name for s in specs} - {
@@ -339,10 +354,6 @@ def local_root(files: PinnedFiles, strategy: str) -> Path:
         BadSpec: they are in a store that is not local.
     """
     return files.path("", f"strategy={strategy} reads files of a folder (strategy=remote reads all others)")
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source, key="path")
 
 
 def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[WeightSpec]:

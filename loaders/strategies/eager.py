@@ -10,6 +10,7 @@ import numpy as np
 
 from loaders.backends.devices import backend
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.storage.base import PinnedFiles
@@ -63,12 +64,19 @@ class EagerLoader(WeightLoader):
 
 
 class SafetensorsLoader(WeightLoader):
-    """A loader with safetensors' choice: mapped (`lazy`), or read into memory. Other containers load likewise."""
+    """A loader with safetensors' choice: "lazy", mapped, or "eager", read into memory. Other containers load likewise.
+
+    `lazy` says the same as a truth value.
+    """
 
     name = "lazy"
 
-    def __init__(self, lazy: bool = True) -> None:
-        self._by: WeightLoader = LazyLoader() if lazy else EagerLoader()
+    def __init__(self, strategy: str = "lazy", *, lazy: bool | None = None) -> None:
+        chosen = strategy if lazy is None else "lazy" if lazy else "eager"
+        ways: dict[str, type[WeightLoader]] = {way.name: way for way in (LazyLoader, EagerLoader)}
+        if chosen not in ways:
+            raise BadSpec(f"strategy: expected lazy or eager, found {chosen!r}; loader({chosen!r}) makes any other")
+        self._by = ways[chosen]()
         self.name = self._by.name  # type: ignore[misc]
         self.not_for_jobs = self._by.not_for_jobs  # type: ignore[misc]
 

@@ -117,13 +117,21 @@ class FastFiles:
 
 
 class FastSafetensorsLoader(WeightLoader):
-    """The strategy `fastsafetensors`. `gds` None uses GDS if it is there, True fails without it, False uses none."""
+    """The strategy `fastsafetensors`, for "cpu", "cuda" and "cuda:N".
+
+    use_gds: use GPU direct storage (GDS) where it is there, which False forbids. gds: the same, but that True demands
+    it: loading fails without it.
+    """
 
     name = "fastsafetensors"
     not_for_jobs = "it loads whole files, for a device; strategy=multithread reads ranges in parallel"
 
-    def __init__(self, gds: bool | None = None) -> None:
-        self.gds = gds
+    second_names = ("use_gds",)
+
+    def __init__(self, use_gds: bool = True, *, gds: bool | None = None) -> None:
+        if gds and not use_gds:
+            raise BadSpec("strategy.gds: it demands GPU direct storage, and use_gds=False forbids it; give one of them")
+        self.gds = gds if use_gds else False
         self.said = ""  # how the last file was loaded, for logs and reports
 
     @contextmanager

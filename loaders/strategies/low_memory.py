@@ -25,8 +25,7 @@ from loaders.strategies.base import PieceReader, WeightLoader
 class LowMemoryLoader(WeightLoader):
     """The strategy `low_memory`.
 
-    `rank` is this process's number; None takes torch.distributed's if it is initialized, else RANK from the
-    environment, else 0.
+    `rank` is this process's number; None takes that of `rank_here`.
     """
 
     name = "low_memory"
@@ -53,12 +52,15 @@ class LowMemoryLoader(WeightLoader):
         return self._by._tensors(checkpoint, specs, "cpu") if self._rank() == 0 else _empty(specs)
 
     def _rank(self) -> int:
-        if self.rank is not None:
-            return self.rank
-        distributed = sys.modules.get("torch.distributed")  # if nobody imported it, nobody initialized it
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            return int(distributed.get_rank())
-        return int(os.environ.get("RANK", "0"))
+        return rank_here() if self.rank is None else self.rank
+
+
+def rank_here() -> int:
+    """Return this process's rank: torch.distributed's if it is initialized, else RANK from the environment, else 0."""
+    distributed = sys.modules.get("torch.distributed")  # if nobody imported it, nobody initialized it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return int(os.environ.get("RANK", "0"))
 
 
 def _empty(specs: Sequence[WeightSpec]) -> Iterator[Any]:

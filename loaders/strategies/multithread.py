@@ -69,8 +69,9 @@ class MultiThreadWeightLoader(WeightLoader):
     """The strategy `multithread`.
 
     It reads with several threads: at most `max_workers` (None: what the device and the storage suggest), and no more
-    than have `min_file_size_per_worker` megabytes (1e6 bytes) each to read. With `adaptive_workers` it begins with two
-    and measures whether more are faster; without, it takes the most at once. It holds 256 MB ahead, or one tensor.
+    than have `min_file_size_per_worker` megabytes (1e6 bytes) each to read; a million and more are bytes, as other
+    libraries have them. With `adaptive_workers` it begins with two and measures whether more are faster; without, it
+    takes the most at once. It holds 256 MB ahead, or one tensor. `stats` adds up what it has loaded.
     """
 
     name = "multithread"
@@ -84,7 +85,9 @@ class MultiThreadWeightLoader(WeightLoader):
             raise BadSpec(wrong)
         self.max_workers = max_workers
         self.adaptive_workers = adaptive_workers
-        self.min_file_size_per_worker = min_file_size_per_worker
+        # Nobody means a terabyte a thread.
+        is_bytes = min_file_size_per_worker >= MB
+        self.min_file_size_per_worker = min_file_size_per_worker / MB if is_bytes else min_file_size_per_worker
         self._cache: CacheAhead | None = None  # of all that a job reads, while it runs
         self.workers_said = ""  # how many threads read last, and the rates that led to it, for reports
 

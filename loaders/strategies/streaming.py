@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from loaders.backends.devices import fed
+from loaders.checkpoints.file_lists import Given, open_weights
 from loaders.errors import BadSpec
 from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.storage.base import PinnedFiles
-from loaders.strategies.base import PieceReader, Source, TensorBytes, WeightLoader, local_root
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, local_root
 from loaders.strategies.lazy import map_privately
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
@@ -92,7 +93,10 @@ class StreamingWeightLoader(WeightLoader):
     name = "streaming"
 
     def __init__(
-        self, memory_budget_mb: float = 512.0, prefetch_count: int = 2, priority_weights: Iterable[str] = ()
+        self,
+        memory_budget_mb: float = 512.0,
+        prefetch_count: int = 2,
+        priority_weights: Iterable[str] | str | None = (),
     ) -> None:
         if (wrong := not_positive("strategy.memory_budget_mb", memory_budget_mb, least=LEAST_MB)) is not None:
             raise BadSpec(wrong)
@@ -102,7 +106,8 @@ class StreamingWeightLoader(WeightLoader):
             raise BadSpec(f"strategy.prefetch_count: expected 0 or more, found {prefetch_count}")
         self.memory_budget_mb = memory_budget_mb
         self.prefetch_count = prefetch_count
-        self.priority_weights = tuple(priority_weights)
+        one = isinstance(priority_weights, str)
+        self.priority_weights = (str(priority_weights),) if one else tuple(priority_weights or ())
 
     @property
     def budget(self) -> int:
@@ -126,17 +131,17 @@ class StreamingWeightLoader(WeightLoader):
         return next(found, len(self.priority_weights))
 
     def iterate_batches(
-        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+        self, file_paths: Given, device: Any = None, *, names: Iterable[str] | None = None
     ) -> Iterator[dict[str, Any]]:
         """Yield weights a batch at a time, each within the budget divided by `prefetch_count` + 1, or one tensor.
 
         Raises:
             As iterate_weights.
         """
-        specs = self.get_weight_specs(source)
-        wanted = None if names is None else set(names)
+        checkpoint, wanted = open_weights(file_paths), None if names is None else set(names)
+        specs = self.get_weight_specs(checkpoint)
         sizes = [spec.size for spec in specs.values() if wanted is None or spec.name in wanted]
-        weights = self.iterate_weights(source, names=wanted, device=device)
+        weights = self.iterate_weights(checkpoint, device, names=wanted)
         for batch in batched(sizes, self.budget // (self.prefetch_count + 1)):
             yield dict(next(weights) for _ in batch)
         for _ in weights:  # a generator's statistics are added when it ends

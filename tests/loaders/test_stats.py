@@ -85,3 +85,24 @@ def test_json_reads_back_equal_and_says_the_figures(tmp_path: Path) -> None:
 def test_throughput_is_gigabytes_of_source_a_second() -> None:
     assert LoadStats(bytes=3_000_000_000, wall_s=2.0).throughput_gbps == 1.5
     assert LoadStats().throughput_gbps == 0.0
+    assert LoadStats(bytes=3_000_000_000, wall_s=2.0).throughput_gbps() == 1.5
+
+
+def test_mean_squared_errors_stand_beside_relative_ones() -> None:
+    stats = made()
+    layer = stats.layer_stats["a"]
+    assert layer.mse == pytest.approx(layer.error.error2 / layer.error.numel)
+    assert (layer["num_params"], layer["compression_ratio"], layer["error"]) == (
+        layer.num_params, layer.source_bytes / layer.output_bytes, layer.mse,
+    )  # fmt: skip
+    errors = [each.mse for each in stats.layer_stats.values()]
+    assert (stats.mean_layer_mse, stats.max_layer_mse) == (pytest.approx(sum(errors) / len(errors)), max(errors))
+    assert stats.total_mse == pytest.approx(stats.error.error2 / stats.error.numel)
+    assert layer.relative_error == pytest.approx(0.1)
+    with pytest.raises(KeyError):
+        layer["else"]
+    assert (CompressionStats().mean_layer_mse, CompressionStats().max_layer_mse, CompressionStats().total_mse) == (
+        0,
+        0,
+        0,
+    )

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 @pytest.mark.quick
 def test_formats_are_the_containers() -> None:
     assert {found.value for found in WeightFormat} == {*CONTAINERS, "unknown"}, "WeightFormat and its first bytes"
+    assert WeightFormat.CUSTOM is WeightFormat.PACKED
 
 
 def files(source: Path, folder: Path, weightmill: Callable[..., Any]) -> dict[WeightFormat, Path]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
-from loaders.errors import BadSpec
+from loaders.checkpoints.file_lists import open_weights
+from loaders.errors import BadSpec, MissingFile
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.strategies import loader
@@ -41,6 +42,19 @@ def test_a_file_is_a_model(two: Address) -> None:
 def test_a_shard_stands_for_its_set(two: Address) -> None:
     found = open_checkpoint(two / "two-00002-of-00002.safetensors")
     assert [entry.name for entry in found.files] == [f"two-0000{n}-of-00002.safetensors" for n in (1, 2)]
+
+
+def test_a_list_has_the_files_that_it_names_and_no_others(two: Address) -> None:
+    shard = two / "two-00002-of-00002.safetensors"
+    found = open_weights([str(shard)])
+    assert [entry.name for entry in found.files] == [shard.name]
+    assert found.config == open_checkpoint(two / "one.safetensors").config
+    values = dict(loader("auto").iterate_weights([str(shard)]))
+    assert set(values) == {spec.name for spec in found.weights}
+    both = open_weights([shard.text, (two / "two-00001-of-00002.safetensors").text])
+    assert len(both.weights) == len(open_checkpoint(shard).weights)
+    with pytest.raises(MissingFile, match=r"2 of 3 files not found: .*three.safetensors, .*four.safetensors"):
+        open_weights([shard.text, (two / "three.safetensors").text, (two / "four.safetensors").text])
 
 
 def test_other_files_are_none(two: Address) -> None:

@@ -29,7 +29,7 @@ def test_text_and_bytes_appear_whole(tmp_path: Path) -> None:
         file.write("größer\n")
         assert path.read_bytes() == b"\x00\xff"
     assert path.read_text(encoding="utf-8") == "größer\n"
-    with atomic_writer(path, "w", encoding="latin-1") as file:
+    with atomic_writer(path, "w", "latin-1") as file:
         file.write("ö")
     assert path.read_bytes() == b"\xf6"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -114,7 +114,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected 'wb' or 'w', found 'a'"):
         AtomicWriter(tmp_path / "x", "a")
     with pytest.raises(ValueError, match="is for text"):
-        AtomicWriter(tmp_path / "x", "wb", encoding="utf-8")
+        AtomicWriter(tmp_path / "x", "wb", "utf-8")
     for place in (tmp_path / "no" / "x", tmp_path):
         with pytest.raises(StorageError, match=f"writing {place}"), atomic_writer(place):
             pass
@@ -126,6 +126,12 @@ def test_a_lock_keeps_other_processes_and_threads_out(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(path)
     assert get_file_lock_path(link) == get_file_lock_path(path)
+    shared = get_file_lock_path("org/model", tmp_path / "locks")
+    assert shared.parent == tmp_path / "locks"
+    assert shared == get_file_lock_path(model_name_or_path="org/model", cache_dir=str(tmp_path / "locks"))
+    assert shared != get_file_lock_path("org/other", tmp_path / "locks")
+    assert shared.name.endswith("-org-model.lock")
+    assert len(get_file_lock_path("long/" * 200, tmp_path).name) < 255
     code = f"from loaders import file_lock\nwith file_lock({str(path)!r}, 0.05): print('held')"
     with file_lock(path):
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

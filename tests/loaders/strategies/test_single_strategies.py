@@ -11,7 +11,16 @@ import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, StorageError
-from loaders.strategies import LowMemoryLoader, SafetensorsLoader, UnifiedMemoryLoader, fastsafetensors, loader
+from loaders.strategies import (
+    FastSafetensorsLoader,
+    LowMemoryLoader,
+    MultiThreadWeightLoader,
+    SafetensorsLoader,
+    StreamingWeightLoader,
+    UnifiedMemoryLoader,
+    fastsafetensors,
+    loader,
+)
 from tests.loaders.strategies.writing import write
 from tests.making import LLAMA, Raw, write_checkpoint
 
@@ -90,11 +99,29 @@ def test_mlx_arrays_hold_the_stored_weights(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lazy", [True, False])
 def test_safetensors_are_mapped_or_read(lazy: bool, tmp_path: Path) -> None:
     wanted = write(tmp_path / "m")
-    by = SafetensorsLoader(lazy=lazy)
-    assert by.name == ("lazy" if lazy else "eager")
+    by = SafetensorsLoader("lazy" if lazy else "eager")
+    assert by.name == SafetensorsLoader(lazy=lazy).name == ("lazy" if lazy else "eager")
     found = by.load_weights(tmp_path / "m")
     assert {n: v.tobytes() for n, v in found.items()} == wanted
     assert all(v.flags.writeable is not lazy for v in found.values())
+
+
+@pytest.mark.quick
+def test_loaders_are_made_by_position_as_other_libraries_make_them() -> None:
+    with pytest.raises(BadSpec, match="expected lazy or eager, found 'torchao'"):
+        SafetensorsLoader("torchao")
+    by = MultiThreadWeightLoader(4, False, 100 * 1024 * 1024)
+    assert (by.max_workers, by.adaptive_workers, by.min_file_size_per_worker) == (4, False, 104.8576)
+    assert by.stats.throughput_gbps() == by.stats.throughput_gbps == 0.0
+    assert MultiThreadWeightLoader(min_file_size_per_worker=8).min_file_size_per_worker == 8
+    ordered = StreamingWeightLoader(64.0, 1, ["lm_head", "embed"])
+    assert (ordered.priority_weights, ordered.prefetch_count) == (("lm_head", "embed"), 1)
+    assert StreamingWeightLoader(64, 0, None).priority_weights == ()
+    assert StreamingWeightLoader(priority_weights="lm_head").priority_weights == ("lm_head",)
+    assert [FastSafetensorsLoader(use).gds for use in (True, False)] == [None, False]
+    assert FastSafetensorsLoader(gds=True).gds is True
+    with pytest.raises(BadSpec, match="use_gds=False forbids it"):
+        FastSafetensorsLoader(False, gds=True)
 
 
 def test_full_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
