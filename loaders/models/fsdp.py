@@ -30,6 +30,7 @@ from loaders.models.cutting import Prepare, Unit, cut, prepared_units
 from loaders.models.hub_cache import place_of_model
 from loaders.models.loading import (
     encoding_of,
+    mark_quantized,
     needs_transformers,
     schemes_of,
     set_generation,
@@ -174,6 +175,7 @@ def _open(path: str | Path, config: ModelLoadingConfig) -> _Source:
         for name, parameter in skeleton.model.named_parameters():
             parameter.requires_grad_(_block_of(name) in new)
     _check_schemes(skeleton, schemes)
+    mark_quantized(skeleton.model, (scheme for scheme, _ in schemes.values()))
     dtype = next(skeleton.model.get_parameter(name).dtype for name in (*schemes, *skeleton.parameters))
     return _Source(checkpoint, skeleton, schemes, dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
     held = quantized_weights(skeleton, checkpoint, schemes, config.compute_dtype)
     opened.say("%s of %d tensors, %d of them quantized%s; strategy %s", type(model).__name__, len(skeleton.parameters),
                len(held), "" if config.scheme is None else f" to {config.quantize}", config.strategy)  # fmt: skip
-    _mark_quantized(model, held)
+    mark_quantized(model, (each.scheme for each in held.values()))
     # On every rank, so that none waits for the first one's weights where that refuses them.
     places = device_map_of(skeleton, held, config.limits, device)
     check_usable(skeleton, schemes, places.device_of)
@@ -177,9 +177,9 @@ def _trained(model: Any, added: frozenset[int]) -> Any:
     return model
 
 
-def _mark_quantized(model: Any, held: Mapping[str, QuantizedWeight]) -> None:
+def mark_quantized(model: Any, schemes: Iterable[Scheme]) -> None:
     """Set what peft looks at before it puts adapters of its own kinds onto bitsandbytes' modules."""
-    kinds = {type(each.scheme) for each in held.values()}
+    kinds = {type(scheme) for scheme in schemes}
     if Bnb4 in kinds:
         model.is_loaded_in_4bit = True
     if LlmInt8 in kinds:
