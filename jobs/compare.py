@@ -1,4 +1,4 @@
-"""Compare finished jobs: python -m jobs.compare sweep=last."""
+"""Compare finished jobs: weightmill compare sweep=last."""
 
 from __future__ import annotations
 

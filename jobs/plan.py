@@ -1,4 +1,4 @@
-"""Show exactly what a job would do, without writing anything: python -m jobs.plan, with the overrides of jobs.run."""
+"""Show exactly what a job would do, without writing anything: weightmill plan, with run's settings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def act(spec: PlanSpec) -> Said:
 
 VERB = Verb(
     name="plan",
-    summary="Say exactly what jobs.run would do with the same overrides; writes nothing.",
+    summary="Say exactly what run would do with the same settings; writes nothing.",
     spec=PlanSpec,
     act=act,
     located=located,

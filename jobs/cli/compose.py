@@ -198,7 +198,7 @@ def _choice(override: str, group: str, value: str, verb: str, request: Request) 
         if chosen in files and (wrong := fault_of(files[chosen], group, choices)) is not None:
             return "", wrong
     if (listed != value or "," in value) and not request.is_sweep:
-        hint = f"; a sweep takes several: python -m jobs.run -m {group}={listed}" if verb == "run" else ""
+        hint = f"; a sweep takes several: weightmill run -m {group}={listed}" if verb == "run" else ""
         return "", f"{group}: expected one choice, found {value}{hint}"
     return override, None
 
@@ -285,9 +285,7 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
     swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
     if not swept:
         return []
-    return [
-        f"experiment: it is a sweep over {', '.join(swept)}: python -m jobs.run -m ... runs it; or give each a value"
-    ]
+    return [f"experiment: it is a sweep over {', '.join(swept)}: weightmill run -m ... runs it; or give each a value"]
 
 
 def plain(config: Any) -> Any:

@@ -312,7 +312,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
+            f" weightmill clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
         )
 
 

@@ -92,4 +92,4 @@ def command(grid: Grid, request: Request, without: str | None = None) -> str:
     fixed = [word for word, key in keys.items() if key not in request.swept and key != without]
     many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []
     inherited = ["~hydra.sweeper.params"] if many and any(key not in request.swept for key in grid) else []
-    return " ".join(["python -m jobs.run", *map(shlex.quote, [*many, *fixed, *inherited, *words(grid)])])
+    return " ".join(["weightmill run", *map(shlex.quote, [*many, *fixed, *inherited, *words(grid)])])

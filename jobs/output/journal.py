@@ -159,7 +159,7 @@ class Journal:
             if found != FORMAT:
                 raise BadSpec(
                     f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"
-                    " finish it with the version that began it, or remove it (python -m jobs.clean delete=true)"
+                    " finish it with the version that began it, or remove it (weightmill clean delete=true)"
                 )
 
     def check_there(self) -> None:

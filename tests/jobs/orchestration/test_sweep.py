@@ -254,7 +254,7 @@ def test_grids_hold_exactly_their_combinations() -> None:
 def test_a_command_takes_the_place_of_what_an_experiment_sweeps() -> None:
     request = Request(given=["experiment=x", "model.path=a b"], overrides=["++model.path='a b'"])
     assert command({"quant": ("nf4", "fp4")}, request) == (
-        "python -m jobs.run -m experiment=x 'model.path=a b' '~hydra.sweeper.params' quant=nf4,fp4"
+        "weightmill run -m experiment=x 'model.path=a b' '~hydra.sweeper.params' quant=nf4,fp4"
     )
 
 
