@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
     from loaders.presets.catalog import preset, preset_names
+    from loaders.progress import Progress
     from loaders.specs import WeightSpec
     from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats
     from loaders.storage.atomic import AtomicWriter, atomic_writer, file_lock, get_file_lock_path
@@ -57,6 +58,7 @@ __all__ = [
     "LoadStats",
     "LowMemoryLoader",
     "MultiThreadWeightLoader",
+    "Progress",
     "QuantizedTensor",
     "ReadLoader",
     "Recommendation",
@@ -104,6 +106,7 @@ _PLACES = {
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
     "presets.catalog": ("preset", "preset_names"),
+    "progress": ("Progress",),
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
     "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),

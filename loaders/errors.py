@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-_NAMES: dict[str, str] = {}
+_NAMES: list[Mapping[str, str]] = []  # of the blocks that are open now, in all threads; the last one counts
 
 
 def setting(name: str) -> str:
     """What a setting is called in a message: by the library's name, or as the program says that runs it."""
-    return _NAMES.get(name, name)
+    return next((names[name] for names in reversed(_NAMES) if name in names), name)
 
 
 @contextmanager
@@ -24,13 +24,11 @@ def settings_called(names: Mapping[str, str]) -> Iterator[None]:
 
     A program whose users know settings by other names, such as keys of a config file, says so here.
     """
-    before = dict(_NAMES)
-    _NAMES.update(names)
+    _NAMES.append(names)
     try:
         yield
     finally:
-        _NAMES.clear()
-        _NAMES.update(before)
+        _NAMES.remove(names)
 
 
 class WeightmillError(Exception):

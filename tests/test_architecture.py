@@ -41,7 +41,7 @@ tensors
 strategies
 checkpoints backends
 architectures containers quantization
-specs stats clock
+specs stats clock progress
 storage dtypes
 patterns
 limits faults
@@ -214,6 +214,7 @@ OPENS_PATHS = {
     "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
+    "jobs/output/former_root.py": "the folder of outputs that earlier versions made",
     "jobs/orchestration/compare.py": "a comparison, written for a person",
     "jobs/orchestration/sweep.py": "a sweep's page, written for a person",
     "jobs/report/command.py": "conf/",

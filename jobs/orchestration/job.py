@@ -383,4 +383,4 @@ def _said(planned: Planned, report: Report, address: str | None, registered: str
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))
     text = Group(result.result_text(report), *shown, *lines, *loading)
-    return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove)
+    return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove, value=report)
