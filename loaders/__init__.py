@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from loaders.checkpoints.detect import WeightFormat, detect_weight_format
-    from loaders.errors import BadCheckpoint, BadSpec, StorageError, TransientIOError, VerifyFailed, WeightmillError
+    from loaders.errors import (
+        BadCheckpoint,
+        BadSpec,
+        Problem,
+        StorageError,
+        TransientIOError,
+        VerifyFailed,
+        WeightmillError,
+    )
     from loaders.loading.cache import WeightCache
     from loaders.loading.checks import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
     from loaders.loading.config import LoadConfig
@@ -58,6 +66,7 @@ __all__ = [
     "LoadStats",
     "LowMemoryLoader",
     "MultiThreadWeightLoader",
+    "Problem",
     "Progress",
     "QuantizedTensor",
     "ReadLoader",
@@ -97,7 +106,15 @@ __all__ = [
 _PLACES = {
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "checkpoints.detect": ("WeightFormat", "detect_weight_format"),
-    "errors": ("BadCheckpoint", "BadSpec", "StorageError", "TransientIOError", "VerifyFailed", "WeightmillError"),
+    "errors": (
+        "BadCheckpoint",
+        "BadSpec",
+        "Problem",
+        "StorageError",
+        "TransientIOError",
+        "VerifyFailed",
+        "WeightmillError",
+    ),
     "loading.cache": ("WeightCache",),
     "loading.checks": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
     "loading.config": ("LoadConfig",),

@@ -41,9 +41,9 @@ def run(
 ) -> JobResult | SweepResult:
     """Quantize a checkpoint as `weightmill run` does, and return the job's result, or that of a sweep.
 
-    model: a preset ("llama70b"), a folder, or a URL ("hf://OWNER/NAME"). quant: a preset; a list is a sweep, and so is a
-    list for any other setting that takes one value. output: the folder of the output. progress: a function that is
-    called with a `Progress`, from one thread at a time, or True to print it as the command does.
+    model: a preset ("llama70b"), a folder, or a URL ("hf://OWNER/NAME"). quant: a preset; a list is a sweep, and so is
+    one for any other setting that takes one value. output: the folder of the output. progress: a function that is
+    called with a `Progress`, by one thread at a time, or True to print it as the command does.
 
     The same call again goes on where it was interrupted, and does nothing if the output is there.
 
