@@ -37,7 +37,7 @@ _OWN = {
 _PLACE_OF = {name: f"weightmill.{module}" for module, names in _OWN.items() for name in names}
 _PUBLIC = sorted({"__version__", *_PLACE_OF, *loaders.__all__})
 if not TYPE_CHECKING:  # a checker takes the imports above for the list
-    __all__ = _PUBLIC
+    __all__ = _PUBLIC  # noqa: PLE0605  # made of two lists
 
 
 def __getattr__(name: str) -> Any:
