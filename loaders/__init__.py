@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from loaders.loading.checks import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
     from loaders.loading.config import LoadConfig
     from loaders.loading.load import Statistics, clear_cache, load_and_quantize, load_weights
+    from loaders.loading.quantize import quantize
     from loaders.loading.quantized_tensor import QuantizedTensor
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
+    from loaders.loading.save import save
     from loaders.presets.catalog import preset, preset_names
     from loaders.progress import Progress
     from loaders.specs import WeightSpec
@@ -100,6 +102,8 @@ __all__ = [
     "open_checkpoint",
     "preset",
     "preset_names",
+    "quantize",
+    "save",
     "validate_weight_shapes",
 ]
 
@@ -119,9 +123,11 @@ _PLACES = {
     "loading.checks": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
     "loading.config": ("LoadConfig",),
     "loading.load": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
+    "loading.quantize": ("quantize",),
     "loading.quantized_tensor": ("QuantizedTensor",),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
+    "loading.save": ("save",),
     "presets.catalog": ("preset", "preset_names"),
     "progress": ("Progress",),
     "specs": ("WeightSpec",),

@@ -5,7 +5,7 @@ A range that is read is a view of the caller's own memory; of a tensor on a GPU 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class HeldTensor:
         return int(self._bytes.shape[0])
 
     @property
-    def key(self) -> tuple[int, str, Shape, Shape]:
+    def key(self) -> tuple[Any, ...]:
         """What is the same of tensors that share their elements."""
         start = self._bytes.ctypes.data if isinstance(self._bytes, np.ndarray) else self._bytes.data_ptr()
         return start, self.dtype.name, self.shape, self.stride
@@ -153,9 +153,9 @@ class MemoryLoader(WeightLoader):
     name = "memory"
     is_local = False
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Mapping[str, Any], hold: Callable[[str, Any], HeldTensor] = HeldTensor) -> None:
         self._given = tensors
-        self.held = {name: HeldTensor(name, tensor) for name, tensor in tensors.items()}
+        self.held = {name: hold(name, tensor) for name, tensor in tensors.items()}
 
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         return nullcontext(MemoryReader(self.held))
