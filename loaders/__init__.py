@@ -137,10 +137,12 @@ _PLACES = {
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'loaders' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"loaders.{_PLACE_OF.get(name, 'strategies')}"), name)
+if not TYPE_CHECKING:  # a checker would believe any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'loaders' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"loaders.{_PLACE_OF.get(name, 'strategies')}"), name)
 
 
 def __dir__() -> list[str]:

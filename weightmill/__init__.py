@@ -36,18 +36,17 @@ _OWN = {
 }
 _PLACE_OF = {name: f"weightmill.{module}" for module, names in _OWN.items() for name in names}
 _PUBLIC = sorted({"__version__", *_PLACE_OF, *loaders.__all__})
-if not TYPE_CHECKING:  # a checker takes the imports above for the list
+if not TYPE_CHECKING:  # a checker takes the imports above for the list, and would believe any name of a function
     __all__ = _PUBLIC  # noqa: PLE0605  # made of two lists
 
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("weightmill")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'weightmill' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACE_OF.get(name, "loaders")), name)
+            return version("weightmill")
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'weightmill' has no attribute {name!r}")
+        return getattr(importlib.import_module(_PLACE_OF.get(name, "loaders")), name)
 
 
 def __dir__() -> list[str]:

@@ -23,22 +23,23 @@ PLACES = {"model": "model.path", "output": "output.path"}
 FOLDERS = "config_dir"  # the command line's --config-dir
 
 
-def request_of(verb: Verb[Any], settings: Mapping[str, Any]) -> Request:
+def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
     """Make the request of a verb from settings by name: {"model": "llama70b", "quant.group_size": 64}.
 
     Mappings stand for what is below a name: {"quant": {"group_size": 64}}. A list for a setting that takes one value is
-    a sweep over these values.
+    a sweep over these values. Of several `parts`, a later one counts where both have a setting.
 
     Raises:
         BadSpec: a value is of no kind that a setting takes.
     """
     config = verb.config or verb.name
-    folders = [os.fspath(each) for each in _listed(settings.get(FOLDERS))]
+    folders = [os.fspath(each) for part in parts for each in _listed(part.get(FOLDERS))]
     words = [f"{FOLDER}{folder}" for folder in folders]
     known = dict(fields_of(verb.spec))
     choices = choices_of(config, take_apart(config, verb.spec, words).folders)
     is_sweep = False
-    for key, value in _flat({k: v for k, v in settings.items() if k != FOLDERS}, known, choices):
+    settings = {key: value for part in parts for key, value in _flat(part, known, choices) if key != FOLDERS}
+    for key, value in settings.items():
         if key.partition(".")[0].startswith("hydra"):
             raise BadSpec(
                 f"{key}: settings of Hydra itself are for the command line; give lists of values to sweep over"

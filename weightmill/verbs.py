@@ -163,14 +163,14 @@ def _job(said: Said, notes: tuple[str, ...]) -> JobResult:
     )  # fmt: skip
 
 
-def _all(settings: Settings | None, others: Settings, **named: Any) -> dict[str, Any]:
+def _all(settings: Settings | None, others: Settings, **named: Any) -> tuple[Settings, ...]:
     """Return all settings that were given; None by keyword is not given."""
-    return {**(settings or {}), **{key: value for key, value in named.items() if value is not None}, **others}
+    return settings or {}, {key: value for key, value in named.items() if value is not None}, others
 
 
 def _ask(
     verb: Verb[Any],
-    settings: Settings,
+    settings: tuple[Settings, ...],
     made: Callable[[Said, tuple[str, ...]], R],
     progress: OnProgress | bool = False,
 ) -> R:
@@ -180,7 +180,7 @@ def _ask(
         before = current()
         try:
             have_home()
-            request = request_of(verb, settings)
+            request = request_of(verb, *settings)
             said = _sweep(verb, request) if is_sweep(verb, request) else verb.answer(request)
             result = made(said, tuple(listener.notes))
             said.then()

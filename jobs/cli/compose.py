@@ -260,14 +260,13 @@ def composer() -> Iterator[Callable[[str, list[str]], Any]]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    instance = GlobalHydra.instance()
-    others, instance.hydra = instance.hydra, None
+    others, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     register_launcher()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             yield lambda verb, overrides: hydra_compose(verb, overrides=overrides, return_hydra_config=True)
     finally:
-        instance.hydra = others
+        GlobalHydra.instance().hydra = others
 
 
 def _note(text: str) -> None:
