@@ -51,11 +51,14 @@ class Problem:
     @staticmethod
     def of(text: str) -> Problem:
         """Take a message apart."""
-        said, _, hint = _cut(text, "; ")
-        lead, colon, rest = _cut(said, ": ")
+        said, *rest = _parts(text, "; ")
+        lead, colon, after = _cut(said, ": ")
         where = _PLACE.fullmatch(lead) if colon else None
-        what = rest if where else said
-        expected, found = _EXPECTED.search(what), _FOUND.search(what)
+        what = after if where else said
+        # What was found may stand at the end, after what to do.
+        ends = [part for part in rest if part.startswith("found ")]
+        expected, found = _EXPECTED.search(what), _FOUND.search("; ".join([what, *ends]))
+        hint = "; ".join(part for part in rest if part not in ends)
         return Problem(
             text, where[1] if where else None, what, expected[1] if expected else None, found[1] if found else None,
             hint or None,
@@ -83,6 +86,11 @@ def _cut(text: str, mark: str) -> tuple[str, str, str]:
         elif depth <= 0 and text.startswith(mark, at):
             return text[:at], mark, text[at + len(mark) :]
     return text, "", ""
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    first, found, rest = _cut(text, mark)
+    return [first, *_parts(rest, mark)] if found else [first]
 
 
 class WeightmillError(Exception):

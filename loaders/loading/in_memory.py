@@ -5,8 +5,10 @@ A range that is read is a view of the caller's own memory; of a tensor on a GPU 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,15 @@ FILE = "tensors"
 
 
 class MemoryStore:
-    """A `Store` with one file, which nobody opens: its bytes are read by `MemoryReader`."""
+    """A `Store` with one file, in which the tensors lie one after another, from the offsets of `starts` on."""
 
     address = PLACE
     is_local = False
 
-    def __init__(self, size: int) -> None:
-        self._entry = Entry(FILE, size, "")
+    def __init__(self, tensors: Sequence[HeldTensor]) -> None:
+        self._tensors = tensors
+        self.starts = [0, *accumulate(tensor.size for tensor in tensors)]
+        self._entry = Entry(FILE, self.starts[-1], "")
 
     def absence(self) -> str | None:
         return None
@@ -54,7 +58,12 @@ class MemoryStore:
         return None
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
-        raise AssertionError("ranges of tensors in memory are read by their tensors")
+        # Every range is one of a tensor; those without elements have none.
+        index = bisect_right(self.starts, start) - 1
+        if start == stop:
+            return memoryview(b"")
+        at = self.starts[index]
+        return np.ascontiguousarray(self._tensors[index].read(start - at, stop - at)).data
 
     def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:
         return (self.read(entry, start, stop) for start, stop in ranges)
@@ -147,6 +156,11 @@ class MemoryReader:
         return (self.read(piece.spec, piece.start, piece.stop).copy() for piece in pieces)
 
 
+def _on(tensor: Any, device: str | None) -> Any:
+    """Return a tensor of torch on a device: itself, if it is there; arrays of numpy stay."""
+    return tensor if device is None or isinstance(tensor, np.ndarray | np.generic) else tensor.to(device)
+
+
 class MemoryLoader(WeightLoader):
     """The strategy of tensors in memory. Those that stay as they are, are given back themselves."""
 
@@ -166,15 +180,16 @@ class MemoryLoader(WeightLoader):
         assert isinstance(source, Checkpoint)
         wanted = None if names is None else set(names)
         return {
-            spec.name: self._given[spec.own_name or spec.name]
+            spec.name: _on(self._given[spec.own_name or spec.name], device)
             for spec in source.weights
             if wanted is None or spec.name in wanted
         }
 
     def checkpoint(self, config: Mapping[str, Any]) -> Checkpoint:
         """Return the tensors as a checkpoint of a model with a config.json; {} is none."""
-        specs, first, offset = list[WeightSpec](), dict[Any, str](), 0
-        for name, held in self.held.items():
+        store = MemoryStore([*self.held.values()])
+        specs, first = list[WeightSpec](), dict[Any, str]()
+        for (name, held), offset in zip(self.held.items(), store.starts, strict=False):
             alias = first.setdefault(held.key, name) if held.size else name
             strided = not is_contiguous(held.shape, held.stride)
             specs.append(
@@ -183,9 +198,7 @@ class MemoryLoader(WeightLoader):
                     stride=held.stride if strided else None, alias=None if alias == name else alias,
                 )
             )  # fmt: skip
-            offset += held.size
         weights, notes = unwrapped(tuple(specs))
-        store = MemoryStore(offset)
         entry = store.list()[0]
         return Checkpoint(
             source=PinnedFiles(store, [entry]), container="pytorch", files=(entry,), weights=weights,

@@ -86,11 +86,11 @@ def quantize(
     given: dict[str, Any] = {name: tensors} if one else dict(tensors)
     if not given:
         raise BadSpec("tensors: expected some, found an empty mapping")
+    strategy = MemoryLoader(given)
     wanted = LoadConfig(
         quantize=quant, settings=settings, device=device or _device_of(next(iter(given.values()))), backend=backend,
         measure=measure, allow_nonfinite=allow_nonfinite, max_relative_error=max_relative_error,
     )  # fmt: skip
-    strategy = MemoryLoader(given)
     loading = Loading(
         strategy.checkpoint(config or {}), wanted, wanted.quant, own_rules=(THE_ONE,) if one else (),
         strategy=strategy, on_done=_teller(progress, sum(held.size for held in strategy.held.values())),

@@ -192,7 +192,14 @@ def test_another_program_s_hydra_stays_as_it_was(folder: Path) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
+from pathlib import Path
 import weightmill
+
+def caught():
+    [line] = [each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("SigCgt")]
+    return int(line.split()[1], 16) & 0x7FFFFFFF  # without those that the C library keeps for its threads
+
+before = caught()
 
 def told(progress):
     if progress.last:
@@ -203,6 +210,7 @@ try:
 except KeyboardInterrupt as error:
     print("interrupted:", error)
 print(weightmill.run(quant="nf4", output="OUT", unit_mb=0.5, tracking="none", cluster="local").already)
+print(caught() == before)
 """
 
 
@@ -213,8 +221,9 @@ def test_an_interrupt_is_one_of_the_program_s_and_the_call_goes_on_from_there(tm
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have it ignored
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    first, last = ran.stdout.splitlines()
+    first, last, handlers = ran.stdout.splitlines()
     assert first.startswith("interrupted: interrupted; ")
     assert "the same command goes on from there" in first
     assert last == "False"
+    assert handlers == "True", "no handler of a signal was set, not even below Python"
     assert ran.stderr == ""
