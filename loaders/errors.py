@@ -33,7 +33,7 @@ def settings_called(names: Mapping[str, str]) -> Iterator[None]:
         _NAMES.remove(names)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One thing that is wrong, as its `text` says it: "WHERE: expected A, found B; what to do".
 
@@ -60,8 +60,8 @@ class Problem:
         expected, found = _EXPECTED.search(what), _FOUND.search("; ".join([what, *ends]))
         hint = "; ".join(part for part in rest if part not in ends)
         return Problem(
-            text, where[1] if where else None, what, expected[1] if expected else None, found[1] if found else None,
-            hint or None,
+            text=text, where=where[1] if where else None, what=what, expected=expected[1] if expected else None,
+            found=found[1] if found else None, hint=hint or None,
         )  # fmt: skip
 
 

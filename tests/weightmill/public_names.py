@@ -20,6 +20,9 @@ GOLDEN = Path(__file__).with_name("public_names.txt")
 
 def signature(value: Any) -> str:
     """Return a signature without the addresses of defaults."""
+    # Of pydantic's models: what it shows by itself depends on what was asked of the class before.
+    if hasattr(value, "model_fields"):
+        return f"(*, {', '.join(value.model_fields)})"
     try:
         text = str(inspect.signature(value))
     except (ValueError, TypeError):
