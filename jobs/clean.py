@@ -1,4 +1,4 @@
-"""List the journals of interrupted jobs, and cached logits, and delete them if told to: python -m jobs.clean."""
+"""List the journals of interrupted jobs, and cached logits, and delete them if told to: weightmill clean."""
 
 from __future__ import annotations
 
