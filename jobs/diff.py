@@ -39,7 +39,7 @@ VERB = Verb(
     act=act,
     located=located,
     examples=(
-        ("A B", "the tensors that differ"),
+        ("A B", "the tensors that differ, of many those that differ most"),
         ("A B tensors=all", "all of them"),
     ),
     positional=("a", "b"),

@@ -61,7 +61,10 @@ CONFIG_NUMBER = 1 << 53  # the largest whole number that every reader of JSON ta
 CONFIG_DEPTH = 32  # objects in one another
 PATTERN = 20_000  # characters of a regular expression; some tools list every layer in one
 PATTERNS = 4096  # regular expressions of one list, each of which may meet every name
-PATTERN_SECONDS = 1.0  # for which one pattern may be matched where no linear engine takes it
+PATTERN_SECONDS = 1.0  # for which one pattern may be matched with one name where no linear engine takes it
+LIST_SECONDS = 5.0  # for which the patterns of one list may be matched so
+PATTERN_TRIES = 1 << 24  # names that those of one list may meet: 28 patterns for each of MOST_TENSORS, some 20 seconds
+SCANNED = 1 << 33  # characters of names that are looked through for entries of a list which are no module's: 8 seconds
 RULE_VALUES = 10_000  # values in a file of rules, those of aliases counted each time
 TOKEN = 512  # letters of a token that is cut into pairs, for merges
 

@@ -15,7 +15,7 @@ from re import _parser  # type: ignore[attr-defined]  # parses without compiling
 from typing import Any
 
 from loaders.errors import BadCheckpoint
-from loaders.limits import PATTERN, PATTERN_SECONDS, shown
+from loaders.limits import LIST_SECONDS, PATTERN, PATTERN_SECONDS, PATTERN_TRIES, shown
 
 # A piece of a pattern whose words could mean another thing elsewhere: an escape, a set, a brace.
 PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<least>\d*),(?P<most>\d*)\}|\{\d+\}|[{}]", re.DOTALL)
@@ -25,11 +25,31 @@ REPEATS, CHOICES, MOST_CHOICES = re.compile(r"[*+{]"), re.compile(r"[|?]"), 8  #
 GROUP_NUMBER = re.compile(r"(?:^|[^\\])(?:\\\\)*\\[1-9]")
 
 
-class Pattern:
-    """A regular expression: `match`, `search` and `fullmatch` say whether Python's `re` would find it in a text."""
+class Allowance:
+    """What the patterns of one document may still take: tries, and seconds where no linear engine takes them."""
+
+    def __init__(self) -> None:
+        self.tries, self.seconds = PATTERN_TRIES, LIST_SECONDS
+
+    def spend(self, tries: int, place: str) -> None:
+        """Take tries off.
+
+        Raises:
+            BadCheckpoint: there are no more; `place` begins the message.
+        """
+        self.tries -= tries
+        if self.tries < 0:
+            raise BadCheckpoint(
+                f"{place}: its patterns times the names that they meet are more than {PATTERN_TRIES:,}; write fewer"
+                " patterns, or name the modules"
+            )
+
+
+class Expression:
+    """A regular expression for the engine that can match it in good time."""
 
     def __init__(self, pattern: str, place: str) -> None:
-        """Raises BadCheckpoint: see `compiled`, which keeps patterns."""
+        """Raises BadCheckpoint: see `compiled`."""
         if len(pattern) > PATTERN:
             raise BadCheckpoint(f"{place}: a pattern of {len(pattern)} characters, at most {PATTERN} are read")
         try:
@@ -38,16 +58,54 @@ class Pattern:
                 _parser.parse(pattern)
         except (re.error, RecursionError, OverflowError, ValueError) as error:
             raise BadCheckpoint(f"{place}: {shown(pattern)} is no regular expression: {error}") from None
-        self.pattern, self.place = pattern, place
-        self._linear: Any = None
+        self.pattern = pattern
+        self.own: re.Pattern[str] | None = None
+        self.linear: Any = None
+        self.other: Any = None
         if not REPEATS.search(pattern) and len(CHOICES.findall(pattern)) <= MOST_CHOICES:
-            self._own: re.Pattern[str] | None = _own(pattern, place)
-        else:
-            self._own = None
-            if pattern.isascii() and not GROUP_NUMBER.search(pattern):
-                self._linear = _linear(_common(pattern))
-        self._other: Any = None
-        self._left_s = PATTERN_SECONDS
+            self.own = _own(pattern, place)
+        elif pattern.isascii() and not GROUP_NUMBER.search(pattern):
+            self.linear = _linear(_common(pattern))
+
+    def find(self, how: str, text: str, place: str, allowance: Allowance) -> bool:
+        """Match one text.
+
+        Raises:
+            BadCheckpoint: it takes too long.
+        """
+        if self.own is not None:
+            return getattr(self.own, how)(text) is not None
+        # RE2's classes (\w, \s, \d) are of ASCII, and its $ is no place before the last newline.
+        if self.linear is not None and text.isascii() and text.isprintable():
+            return getattr(self.linear, how)(text) is not None
+        import regex
+
+        began = time.monotonic()
+        try:
+            if allowance.seconds <= 0:
+                raise TimeoutError
+            if self.other is None:
+                self.other = regex.compile(_common(self.pattern), regex.VERSION0)
+            return getattr(self.other, how)(text, timeout=min(PATTERN_SECONDS, allowance.seconds)) is not None
+        except TimeoutError:
+            raise BadCheckpoint(
+                f"{place}: the pattern {shown(self.pattern)} takes too long to match; write it more simply"
+            ) from None
+        except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+            raise BadCheckpoint(f"{place}: the pattern {shown(self.pattern)} cannot be matched: {error}") from None
+        finally:
+            allowance.seconds -= time.monotonic() - began
+
+
+class Pattern:
+    """A regular expression: `match`, `search` and `fullmatch` say whether Python's `re` would find it in a text.
+
+    Each raises BadCheckpoint if the allowance, which the patterns of a document share, is used up.
+    """
+
+    def __init__(self, expression: Expression, place: str, allowance: Allowance) -> None:
+        self.pattern = expression.pattern
+        self._expression, self._place, self._allowance = expression, place, allowance
 
     def match(self, text: str) -> bool:
         """Whether it matches at the beginning of a text."""
@@ -58,44 +116,28 @@ class Pattern:
         return self._find("search", text)
 
     def fullmatch(self, text: str) -> bool:
-        """Whether it matches the whole of a text.
-
-        Raises:
-            BadCheckpoint: it takes too long; as `match` and `search` do.
-        """
+        """Whether it matches the whole of a text."""
         return self._find("fullmatch", text)
 
     def _find(self, how: str, text: str) -> bool:
-        if self._own is not None:
-            return getattr(self._own, how)(text) is not None
-        # RE2's classes (\w, \s, \d) are of ASCII, and its $ is no place before the last newline.
-        if self._linear is not None and text.isascii() and text.isprintable():
-            return getattr(self._linear, how)(text) is not None
-        import regex
-
-        began = time.monotonic()
-        try:
-            if self._other is None:
-                self._other = regex.compile(_common(self.pattern), regex.VERSION0)
-            return getattr(self._other, how)(text, timeout=max(self._left_s, 1e-3)) is not None
-        except TimeoutError:
-            raise BadCheckpoint(
-                f"{self.place}: the pattern {shown(self.pattern)} takes too long to match; write it more simply"
-            ) from None
-        except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-            raise BadCheckpoint(f"{self.place}: the pattern {shown(self.pattern)} cannot be matched: {error}") from None
-        finally:
-            self._left_s -= time.monotonic() - began
+        self._allowance.spend(1, self._place)
+        return self._expression.find(how, text, self._place, self._allowance)
 
 
-@lru_cache(maxsize=4096)
-def compiled(pattern: str, place: str) -> Pattern:
-    """Compile a regular expression from a stranger; `place` begins the message if it is refused, and it is kept.
+def compiled(pattern: str, place: str, allowance: Allowance | None = None) -> Pattern:
+    """Compile a regular expression from a stranger; `place` begins the message if it is refused.
+
+    Patterns of one document share an `allowance`; without one, a pattern has its own.
 
     Raises:
         BadCheckpoint: it is none, or too long.
     """
-    return Pattern(pattern, place)
+    return Pattern(_expression(pattern, place), place, allowance or Allowance())
+
+
+@lru_cache(maxsize=4096)
+def _expression(pattern: str, place: str) -> Expression:
+    return Expression(pattern, place)
 
 
 def _own(pattern: str, place: str) -> re.Pattern[str]:

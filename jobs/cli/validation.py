@@ -37,7 +37,7 @@ def check(
     Raises:
         BadSpec: all faults, those in `problems` first.
     """
-    found = [*problems, *_missing(values), *_make_absolute(spec, values, tell)]
+    found = [*problems, *_missing(spec, values), *_make_absolute(spec, values, tell)]
     try:
         # Strict models take a list for a tuple from JSON only.
         made = spec.model_validate_json(json.dumps(values))
@@ -49,11 +49,17 @@ def check(
     return made
 
 
-def _missing(values: Any, name: str = "") -> list[str]:
+def _missing(spec: type[BaseModel], values: Any, name: str = "") -> list[str]:
     """List the required values that were not given."""
     if isinstance(values, dict):
-        return [problem for key, value in values.items() for problem in _missing(value, f"{name}.{key}".lstrip("."))]
-    return [f"{name}: missing; give {name}=..."] if values == MISSING else []
+        return [
+            problem for key, value in values.items() for problem in _missing(spec, value, f"{name}.{key}".lstrip("."))
+        ]
+    if values != MISSING:
+        return []
+    field = spec.model_fields.get(name)
+    what = f" ({field.description})" if field is not None and field.description else ""
+    return [f"{name}: missing{what}; give {name}=..."]
 
 
 def _make_absolute(spec: type[BaseModel], values: Any, tell: Callable[[str], None], place: str = "") -> list[str]:

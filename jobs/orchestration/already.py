@@ -28,6 +28,7 @@ def settled(planned: Planned) -> Report:
     """
     report = planned.done
     assert report is not None
+    planned.journal.remove_empty()
     if planned.judging is None:
         return report
     from jobs.verification.output import judge_published

@@ -59,6 +59,7 @@ def check_free(spec: JobSpec, output: Address, why: str | None = None) -> None:
     if is_there and spec.output.overwrite:
         check_replaceable(output)
     elif is_there and (why is not None or not _left_over(output)):
+        check_replaceable(output)  # or else overwriting would be refused, too
         what = f"exists, {why}" if why else "exists"
         raise BadSpec(f"output.path: {output} {what}; output.overwrite=true replaces it, or choose another path")
 

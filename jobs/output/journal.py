@@ -252,3 +252,7 @@ class Journal:
     def remove(self) -> None:
         """Remove the journal."""
         self.destination.forget()
+
+    def remove_empty(self) -> None:
+        """Remove what a kill at the end of `remove` left."""
+        self.destination.forget_empty()

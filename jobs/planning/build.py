@@ -149,15 +149,16 @@ def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tup
         *(assembly.notes if assembly is not None else ()),
         *_not_computed(layout, checkpoint),
     ]
+    stored = {p.name: tuple(p.slots.values()) for output in outputs for p in output.placements}
     plan = TargetPlan(
         target=target,
         decisions=decisions,
         files=tuple(planned),
-        stored={p.name: tuple(p.slots.values()) for output in outputs for p in output.placements},
+        stored=stored,
         config=config,
         warnings=(
             *layout.warnings(decisions),
-            *warnings(checkpoint, target.scheme, decisions, config, layout),
+            *warnings(checkpoint, target.scheme, decisions, config, layout, stored),
             *notes,
         ),
         assembly=assembly,

@@ -16,8 +16,9 @@ from loaders.lint.engines import engine_of
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
-from loaders.rules.refusals import ragged_notes
+from loaders.rules.refusals import ragged_notes, undivided_notes
 from loaders.rules.rule import Decision
+from loaders.specs import Slot
 from loaders.tensors.sources import is_stack
 from loaders.words import counted, model_type_said, size
 
@@ -30,19 +31,21 @@ def warnings(
     decisions: Sequence[Decision],
     config: Mapping[str, Any] | None,
     layout: Layout,
+    stored: Mapping[str, Sequence[Slot]],
 ) -> list[str]:
-    """Return the warnings about a target's plan, one line each."""
+    """Return the warnings about a target's plan, one line each; `stored` has what is written of each tensor."""
+    sizes = {name: sum(slot.size for slot in slots) for name, slots in stored.items()}
     if isinstance(scheme, Plain):
-        return [*_grown(decisions), *_decoded(checkpoint, scheme, decisions, layout)]
+        return [*_grown(decisions, sizes), *_decoded(checkpoint, scheme, decisions, layout)]
     said = []
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized and layout.name != "gguf":
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     if layout.name != "gguf":
         said += _experts(checkpoint, scheme, decisions)
-    said += ragged_notes(decisions)
+    said += [*ragged_notes(decisions), *undivided_notes(scheme, decisions)]
     said += _stopping_cpu_kernel(quantized)
-    said += _grown(decisions)
+    said += _grown(decisions, sizes)
     said += _again(quantized) if layout.name != "gguf" or checkpoint.container != "gguf" else []
     if scheme.engine == "compressed-tensors":
         of_schemes = [(d.scheme, d.tensor.dtype.name, d.tensor.role) for d in quantized]
@@ -124,12 +127,11 @@ def _stay(some: Sequence[Decision]) -> str:
     return "stays" if len(some) == 1 else "stay"
 
 
-def _grown(decisions: Sequence[Decision]) -> list[str]:
+def _grown(decisions: Sequence[Decision], sizes: Mapping[str, int]) -> list[str]:
     """Return a warning about an output that is larger than its source."""
-    written = [d for d in decisions if d.encoding is not None]
-    sizes = [sum(part.size for part in d.encoding.stored.values()) for d in written if d.encoding is not None]
-    before, after = sum(d.tensor.source_bytes for d in decisions), sum(sizes)
-    grown = [(d.tensor, now) for d, now in zip(written, sizes, strict=True) if now > d.tensor.source_bytes]
+    before, after = sum(d.tensor.source_bytes for d in decisions), sum(sizes.values())
+    written = [(d.tensor, sizes.get(d.tensor.name, 0)) for d in decisions]
+    grown = [(tensor, now) for tensor, now in written if now > tensor.source_bytes]
     if after <= before or not grown:
         return []
     first = grown[0][0]

@@ -12,10 +12,11 @@ from rich.text import Text
 
 from jobs.output.report import Report
 from jobs.report.metrics import error_by_layer, metrics
-from jobs.report.tables import in_a_line, table
+from jobs.report.tables import in_a_line, size, table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
+KEPT, MUCH_KEPT = "size/kept_bytes", 0.25  # the share from which it is said
 COSINE, HIDDEN_ERROR = "quality/cosine", "quality/hidden_error"
 WORDS = {
     BITS: "bits per weight",
@@ -148,18 +149,22 @@ def words_of(metric: str) -> str:
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
-    """Return the names of the jobs that no other job beats in both bits per weight and error, smallest first."""
+    """Return the names of the jobs that no other job beats in both bits per weight and error, smallest first.
+
+    Sizes count as the table shows them: some bytes of headers and indexes make no job smaller than another.
+    """
     sign = -1 if error in GAINS else 1
     comparable = sorted(
-        (job for job in jobs if job.is_comparable and error in job.metrics),
-        key=lambda job: (job.metrics[BITS], sign * job.metrics[error]),
+        (round(job.metrics[BITS], 3), sign * job.metrics[error], job.name)
+        for job in jobs
+        if job.is_comparable and error in job.metrics
     )
-    front: list[ComparedJob] = []
+    front: list[tuple[float, float, str]] = []
     # In the order of sizes, a job is on the front if its error is below that of all smaller ones.
     for each in comparable:
-        if not front or sign * each.metrics[error] < sign * front[-1].metrics[error]:
+        if not front or each[1] < front[-1][1]:
             front.append(each)
-    return [each.name for each in front]
+    return [name for _, _, name in front]
 
 
 def differing(jobs: Sequence[ComparedJob]) -> list[dict[str, Any]]:
@@ -190,7 +195,7 @@ class Comparison:
     def lines(self) -> list[RenderableType]:
         """Return the table, the Pareto front, and the tensors that differ most, for a terminal."""
         differs: list[RenderableType] = [self._differing_table(), ""] if self.differing else []
-        return [self._table(), "", self._front_text(), "", *differs]
+        return [self._table(), *self._kept_lines(), "", self._front_text(), "", *differs]
 
     @property
     def titles(self) -> list[str]:
@@ -224,6 +229,23 @@ class Comparison:
             shown.add_row(star, job.name, *self._cells(job), Text(job.status, style=style))
         whys = [Text(in_a_line(f"{job.name} {job.status_text}"), style="red") for job in self.jobs if job.why]
         return Group(shown, *whys)
+
+    def _kept_lines(self) -> list[str]:
+        """Say how much of the outputs is not quantized, where that is what their sizes mostly are."""
+        sizes = {
+            job.name: (job.metrics[KEPT], job.metrics["size/output_bytes"])
+            for job in self.jobs
+            if job.is_comparable and KEPT in job.metrics
+        }
+        much = {name: both for name, both in sizes.items() if both[0] > MUCH_KEPT * both[1]}
+        if not much:
+            return []
+        kept = {size(both[0]) for both in much.values()}
+        if len(kept) == 1 and len(much) == len(sizes):
+            what = f"{kept.pop()} of each output"
+        else:
+            what = "; ".join(f"{size(part)} of {name}" for name, (part, _) in much.items())
+        return [f"not quantized: {what} (embeddings and what else its engine leaves alone; weightmill plan lists it)"]
 
     def _front_text(self) -> str:
         by_name = {job.name: job.metrics for job in self.jobs if job.is_comparable}

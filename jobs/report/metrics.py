@@ -32,6 +32,7 @@ def metrics(report: Report) -> dict[str, float]:
         "size/bits_per_weight": total.bits_per_weight,
         "size/ratio": total.ratio,
         "size/output_bytes": total.output_bytes,
+        "size/kept_bytes": sum(t.output_bytes for t in report.tensors if t.action != "quantize"),
         "size/source_bytes": total.source_bytes,
         "size/parameters": total.parameters,
         "error/relative_changed": changed.relative_error if changed else 0.0,

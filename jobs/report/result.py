@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +34,12 @@ def result_text(report: Report) -> RenderableType:
     )
     parts: list[RenderableType] = [shown]
     if changed:
+        actions = Counter(tensor.action for tensor in report.tensors)
+        cast = f" and {actions['cast']} cast to another dtype" if actions["cast"] else ""
         parts.append(
             Text(
-                f"{changed.tensors} tensors changed: relative error of these {changed.relative_error:.5f}"
+                f"{counted(actions['quantize'], 'tensor')} quantized{cast}: relative error of these"
+                f" {changed.relative_error:.5f}"
                 + (f" (SQNR {changed.sqnr_db:.2f} dB)" if changed.sqnr_db is not None else "")
                 + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied unchanged"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from loaders.tensors.views import view_of
 from loaders.words import counted
 
 EQUAL, DIFFERENT = "equal", "different"
+SHOWN = 40  # rows of tensors that differ, unless all are asked for
 
 
 def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
@@ -83,7 +85,7 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         "total": _total(found),
         "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
     }
-    return Said(document, _text(document), FAILED if differs else DONE)
+    return Said(document, _text(document, all_tensors=all_tensors), FAILED if differs else DONE)
 
 
 def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -150,8 +152,16 @@ def _errors(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Th
     return compare.error_sums(one.spec.numel, total)
 
 
-def _text(document: dict[str, Any]) -> RenderableType:
-    shown = document["tensors"]
+def _rank(row: Mapping[str, Any]) -> float:
+    """Return how far a tensor differs; what cannot be compared differs most."""
+    error = row["relative_error"]
+    return math.inf if error is None else float(error)
+
+
+def _text(document: dict[str, Any], *, all_tensors: bool) -> RenderableType:
+    found, most = document["tensors"], len(document["tensors"]) if all_tensors else SHOWN
+    worst = sorted(range(len(found)), key=lambda index: _rank(found[index]), reverse=True)[:most]
+    shown = [found[index] for index in sorted(worst)]
     numbers = ("relative error", "SQNR dB", "max error", "cosine")
     compared = table("tensor", *numbers, "", "a", "b", right=numbers, names=("tensor",), once=True)
     for row in shown:
@@ -159,6 +169,8 @@ def _text(document: dict[str, Any]) -> RenderableType:
         compared.add_row(row["name"], *_cells(row), said, row["a"], row["b"])
     total, count = document["total"], document["equal"] + document["different"]
     lines: list[RenderableType] = [compared] if shown else []
+    if len(shown) < len(found):
+        lines.append(f"the {len(shown)} that differ most; tensors=all lists every tensor")
     lines.append(f"{counted(count, 'tensor')}: {document['equal']} equal, {document['different']} different")
     if total["parameters"] and total["relative_error"] != 0:
         said = zip(("relative error", "SQNR dB", "max error", "cosine"), _cells(total), strict=True)

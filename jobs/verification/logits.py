@@ -196,7 +196,7 @@ def judged(
     with kept(judging.folder) as folder:
         done = f"its {WHAT[judging.spec.kind]} are there" if reference.is_in(folder) else "in transformers"
         note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
-        with Meter(f"evaluating {name}", 2 * reference.tokens, "tokens") as meter:
+        with Meter(f"evaluating it and the original, {name}", 2 * reference.tokens, "tokens") as meter:
             quality: Quality | Closeness = (judge_states if reference.states else judge)(
                 reference, open_checkpoint(output, key="output.path"), judging.engine, folder, key=name,
                 on_tokens=meter.add,

@@ -251,11 +251,21 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
     if source is None:
         # Where it was read, which of the Hub is the commit.
         source = report.source.path
+        _check_not_chosen(source)
         if open_source(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     # Some outputs name files after the model, whose default name is that of the source's former folder.
     named = {"path": source, "name": spec.model_name}
     return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
+
+
+def _check_not_chosen(source: str) -> None:
+    """Refuse to ask a server because a file says so: who made it may be a stranger, and the server an inner one."""
+    if Address.of(source).scheme in ("http", "https"):
+        raise BadSpec(
+            f"model.path: {OUR_REPORT} names the source {Address.of(source)}, and no server is asked because a file"
+            " says so; give the address as model.path=URL"
+        )
 
 
 def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:

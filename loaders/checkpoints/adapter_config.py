@@ -10,7 +10,7 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.limits import check_patterns
-from loaders.patterns import Pattern, compiled
+from loaders.patterns import Allowance, Pattern, compiled
 
 CONFIG = "adapter_config.json"
 # How B and A may begin without changing the base. Other ways subtract them from it, so that the sum needs that base.
@@ -70,12 +70,13 @@ class Patterns:
         self._plain: dict[str, tuple[int, float]] = {}
         self._patterns: list[tuple[int, Pattern, float]] = []
         check_patterns(sum(PLAIN.fullmatch(pattern) is None for pattern in given), f"{CONFIG}: {key}")
+        allowance = Allowance()
         for index, (pattern, value) in enumerate(given.items()):
             number = _number(f"{key}[{pattern!r}]", value)
             if PLAIN.fullmatch(pattern):
                 self._plain.setdefault(pattern, (index, number))
             else:
-                self._patterns.append((index, _compiled(key, pattern), number))
+                self._patterns.append((index, _compiled(key, pattern, allowance), number))
 
     def value(self, module: str, default: float) -> float:
         """Return the number for a module, as peft looks it up."""
@@ -86,8 +87,8 @@ class Patterns:
         return min(found, default=(0, default))[1]
 
 
-def _compiled(key: str, pattern: str) -> Pattern:
-    return compiled(rf"(.*\.)?({pattern})$", f"{CONFIG}: {key}")
+def _compiled(key: str, pattern: str, allowance: Allowance) -> Pattern:
+    return compiled(rf"(.*\.)?({pattern})$", f"{CONFIG}: {key}", allowance)
 
 
 def lora_settings(config: Mapping[str, Any]) -> LoraSettings:

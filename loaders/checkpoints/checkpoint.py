@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -74,15 +75,19 @@ class Checkpoint:
         return self.source.address
 
     def folder(self, why: str) -> Path:
-        """Return the local folder, for engines that read folders themselves.
+        """Return the local folder, for engines that read folders themselves; of a lone file, one of links to it.
 
         Raises:
-            BadSpec: the checkpoint is not on this machine, or is one file of a folder; `why` begins the message and
-                says who needs a folder.
+            BadSpec: the checkpoint is not on this machine; `why` begins the message and says who needs a folder.
         """
-        if isinstance(self.source.store, LoneFile):
-            raise BadSpec(f"{why}, and {self.address} is one file; put it into a folder of its own and give that")
+        if isinstance(self.source.store, LoneFile) and self.source.store.is_local:
+            return Path(self._alone.name)
         return self.source.path("", why)
+
+    @cached_property
+    def _alone(self) -> tempfile.TemporaryDirectory[str]:
+        assert isinstance(self.source.store, LoneFile)
+        return self.source.store.alone()
 
     @cached_property
     def declaration(self) -> Declaration | None:

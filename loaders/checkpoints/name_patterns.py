@@ -11,8 +11,8 @@ from contextlib import suppress
 from fnmatch import translate
 
 from loaders.errors import BadCheckpoint
-from loaders.limits import check_patterns, shown
-from loaders.patterns import Pattern, compiled
+from loaders.limits import SCANNED, check_patterns, shown
+from loaders.patterns import Allowance, Pattern, compiled
 
 # What makes a pattern slow for engines, which match with Python's own `re`.
 MOST_REPEATS = 5  # parts of a pattern of any length, such as .*: each multiplies the time by the length of a name
@@ -66,14 +66,15 @@ class Named:
     def __init__(self, entries: Iterable[str], place: str) -> None:
         self.entries, self.place = tuple(entries), place
         check_patterns(sum(e.startswith("re:") or "*" in e[:-1] for e in self.entries), place)
+        self._allowance, self._left = Allowance(), SCANNED
         self._names, starts, patterns = set[str](), list[str](), list[Pattern]()
         for entry in self.entries:
             if entry.startswith("re:"):
-                patterns.append(compiled(entry.removeprefix("re:"), place))
+                patterns.append(compiled(entry.removeprefix("re:"), place, self._allowance))
             elif entry.endswith("*") and "*" not in entry[:-1]:
                 starts.append(entry[:-1])
             elif "*" in entry:
-                patterns.append(compiled(translate(entry), place))
+                patterns.append(compiled(translate(entry), place, self._allowance))
             else:
                 self._names.add(entry)
         self._starts, self._patterns = tuple(starts), patterns
@@ -91,7 +92,10 @@ class Named:
 
     def could_mean(self, module: str) -> bool:
         """Whether an entry could mean a module in any tool's reading; see `unused`."""
-        return module in self or any(_could_mean(entry, module, (module,), self.place) for entry in self.entries)
+        if module in self:
+            return True
+        self._allowance.spend(len(self.entries), self.place)
+        return any(self._could_mean(entry, module, (module,)) for entry in self.entries)
 
     def unused(self, modules: Iterable[str]) -> list[str]:
         """Return the entries that mean none of the modules in any tool's reading.
@@ -101,18 +105,33 @@ class Named:
         """
         names = tuple(modules)
         text = "\n".join(names)
-        return [entry for entry in self.entries if not _could_mean(entry, text, names, self.place)]
+        # Lists of tens of thousands name each module whole, or a part of the model that it is in.
+        whole = {
+            ".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)
+        }
+        return [entry for entry in self.entries if entry not in whole and not self._could_mean(entry, text, names)]
 
+    def _could_mean(self, entry: str, text: str, names: Iterable[str]) -> bool:
+        plain = entry.removeprefix("re:").strip(".*^$")
+        parts = plain.split(".")
+        if self._is_in(plain, text) or any(
+            self._is_in(".".join(parts[start:]), text) for start in range(1, len(parts) - 1)
+        ):
+            return True
+        if "*" not in entry and not entry.startswith("re:"):
+            return False
+        patterns = []
+        for pattern in (entry.removeprefix("re:"),) if entry.startswith("re:") else (entry, translate(entry)):
+            with suppress(BadCheckpoint):  # a glob may be no regular expression
+                patterns.append(compiled(pattern, self.place, self._allowance))
+        return any(pattern.search(name) for name in names for pattern in patterns)
 
-def _could_mean(entry: str, text: str, names: Iterable[str], place: str) -> bool:
-    plain = entry.removeprefix("re:").strip(".*^$")
-    parts = plain.split(".")
-    if plain in text or any(".".join(parts[start:]) in text for start in range(1, len(parts) - 1)):
-        return True
-    if "*" not in entry and not entry.startswith("re:"):
-        return False
-    patterns = []
-    for pattern in (entry.removeprefix("re:"),) if entry.startswith("re:") else (entry, translate(entry)):
-        with suppress(BadCheckpoint):  # a glob may be no regular expression
-            patterns.append(compiled(pattern, place))
-    return any(pattern.search(name) for name in names for pattern in patterns)
+    def _is_in(self, part: str, text: str) -> bool:
+        found = text.find(part)
+        self._left -= len(text) if found < 0 else found
+        if self._left < 0:
+            raise BadCheckpoint(
+                f"{self.place}: a list of {len(self.entries)} names, most of which no module has, takes too long to"
+                " look through; name the modules that are there"
+            )
+        return found >= 0

@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import io_errors
-
-LARGEST = 64 << 20  # bytes of a file: vocabularies of a quarter of a million tokens take 35 MB
+from loaders.storage.lone_file import LARGEST, SMALL
 
 
 @contextmanager
@@ -27,9 +26,8 @@ def small_files(checkpoint: Checkpoint) -> Iterator[Path]:
     weights = {entry.name for entry in checkpoint.files}
     with tempfile.TemporaryDirectory(prefix="weightmill-small-") as made:
         for entry in source.store.list(deep=False):
-            # Python files of a repository are code, which is never run.
             is_small = entry.size <= LARGEST and entry.name not in weights
-            if is_small and PurePosixPath(entry.name).suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken"):
+            if is_small and PurePosixPath(entry.name).suffix in SMALL:
                 path = Path(made) / entry.name
                 with io_errors("writing", path):
                     path.write_bytes(source.read_all(entry.name, LARGEST))

@@ -21,10 +21,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from loaders.clock import Clock
-from loaders.dtypes import WEIGHT_DTYPES, DType, Shape, storage_of
+from loaders.dtypes import GGML_BLOCKS, WEIGHT_DTYPES, DType, Shape, storage_of
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import ComparingKernels, Kernels, compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import (
     Block,
     Bounded,
@@ -141,9 +142,9 @@ class Comparison:
 
     def sums(self, block: np.ndarray, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the sums of kernels/compare.py over items [start, stop). block: their raw weights (stop - start,)."""
-        dtype, sums = self._source.dtype.name, compare.new_sums()
+        sums = compare.new_sums()
         if self._is_copy:
-            _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
+            self._compare_copy(block, stored.read("weight", start, stop), sums)
             return sums
         given = block, stored, start, stop, sums
         if not (self._compare_on_device(*given) or self._compare_at_once(*given)):
@@ -151,6 +152,22 @@ class Comparison:
         if self._bounded is not None and not sums[compare.NONFINITE]:
             _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
         return sums
+
+    def _compare_copy(self, block: np.ndarray, copy: np.ndarray, sums: np.ndarray) -> None:
+        """Compare a copy, which is exact or wrong. Blocks of ggml count by the weights that they stand for."""
+        dtype = self._source.dtype
+        if not _same_bits(block, copy):
+            sums[compare.WRONG] = 1
+        elif dtype.name in WEIGHT_DTYPES:
+            cpu.scan_into(block, dtype.name, sums)
+        elif dtype.name in GGML_BLOCKS:
+            size = dtype.size((dtype.block,))
+            step = INNER // dtype.block * size
+            for at in range(0, block.size, step):
+                part = block[at : at + step]
+                weights = self._work.array("compared", part.size // size * dtype.block, np.float32)
+                decode_blocks(dtype.name, part, weights)
+                cpu.scan_into(weights, "F32", sums)
 
     def _compare_on_device(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> bool:
         """Compare on the device that encoded just these weights, if there is one; else do nothing and return False."""
@@ -218,14 +235,6 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     a, b, words = one.view(np.uint8), other.view(np.uint8), one.nbytes // 8 * 8
     same_words = a[:words].view(np.uint64) == b[:words].view(np.uint64)
     return bool(same_words.all()) and np.array_equal(a[words:], b[words:])
-
-
-def _compare_copy(block: np.ndarray, copy: np.ndarray, dtype: str, sums: np.ndarray, is_number: bool) -> None:
-    """Compare a copy, which is exact or wrong."""
-    if not _same_bits(block, copy):
-        sums[compare.WRONG] = 1
-    elif is_number:
-        cpu.scan_into(block, dtype, sums)
 
 
 class _Kept(threading.local):

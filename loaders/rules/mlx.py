@@ -26,6 +26,9 @@ MODULES = (*LINEAR, *OTHER_LINEAR, "expert", "embedding", "head", "router")
 FINE = r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj)"
 
 
+UNDIVIDED = "mlx-lm leaves alone what groups of {} do not divide"
+
+
 @dataclass(frozen=True, slots=True)
 class MlxRules:
     """The rules of mlx_lm.convert for groups of `group_size`; with `high`, those of one of its mixed recipes.
@@ -40,7 +43,7 @@ class MlxRules:
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
         ragged = sorted({r.shape for r in tensors if len(r.shape) in (2, 3) and r.shape[-1] % self.group_size})
         short = dict.fromkeys((*(None,) * (len(shape) - 1), shape[-1]) for shape in ragged)
-        why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
+        why = UNDIVIDED.format(self.group_size)
         return (
             Rule(action="drop", why="mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
             Rule(action="keep", why="only floats are quantized", dtype=NOT_FLOAT),

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from loaders.dtypes import DType
 from loaders.errors import setting
-from loaders.quantization.scheme import Grouped, LeavesRagged
+from loaders.quantization.scheme import Grouped, LeavesRagged, Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.kept import cast_kept
+from loaders.rules.mlx import UNDIVIDED
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -32,7 +33,7 @@ def kept_ragged(decisions: Sequence[Decision], refused: Mapping[str, str]) -> di
     """
     mine = [d for d in decisions if d.action == "quantize" and not d.rule.label]
     ragged = [d for d in mine if d.tensor.name in refused and _is_ragged(d)]
-    if not ragged or _share(ragged, mine) > RAGGED_SHARE:
+    if not ragged or _share(_tensors(ragged), _tensors(mine)) > RAGGED_SHARE:
         return {}
     rule = Rule(action="keep", why=RAGGED, names=frozenset(d.tensor.name for d in ragged))
     return {d.tensor.name: replace(d, rule=rule, encoding=_plain(d)) for d in ragged}
@@ -52,8 +53,12 @@ def cause_of(decision: Decision, why: str) -> str:
     return re.sub(r"\d+ columns", "columns", why, count=1) if _is_ragged(decision) else why
 
 
-def _share(some: Sequence[Decision], all_: Sequence[Decision]) -> float:
-    return sum(d.tensor.spec.numel for d in some) / sum(d.tensor.spec.numel for d in all_)
+def _tensors(decisions: Sequence[Decision]) -> list[LogicalTensor]:
+    return [decision.tensor for decision in decisions]
+
+
+def _share(some: Sequence[LogicalTensor], all_: Sequence[LogicalTensor]) -> float:
+    return sum(tensor.spec.numel for tensor in some) / sum(tensor.spec.numel for tensor in all_)
 
 
 def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
@@ -67,6 +72,22 @@ def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
         f"{counted(len(ragged), 'matrix stays', 'matrices stay')} {ragged[0].dtype.torch}, {_listed(ragged)}: rows of"
         f" {', '.join(map(str, sorted({tensor.shape[-1] for tensor in ragged})))} do not divide into groups; that is"
         f" {plain / (plain + total):.1%} of the weights to be quantized"
+    ]
+
+
+def undivided_notes(scheme: Scheme, decisions: Sequence[Decision]) -> list[str]:
+    """Return a sentence about the matrices that mlx-lm leaves alone, and the size of groups that would fit them."""
+    if not isinstance(scheme, Grouped):
+        return []
+    left = [d.tensor for d in decisions if d.rule.why.startswith(UNDIVIDED.format(scheme.group_size))]
+    if not left:
+        return []
+    wanted = [*(d.tensor for d in decisions if d.action == "quantize"), *left]
+    columns = " and ".join(map(str, sorted({tensor.shape[-1] for tensor in left})))
+    return [
+        f"{counted(len(left), 'matrix stays', 'matrices stay')} plain, {_listed(left)},"
+        f" {_share(left, wanted):.0%} of the weights to be quantized: groups of {scheme.group_size} do not divide rows"
+        f" of {columns}{_other_groups(scheme, '', wanted)}"
     ]
 
 
@@ -84,24 +105,23 @@ def refusal_line(
         why = re.sub(r"\d+ columns", f"{columns} columns", why, count=1)
     said = f"{place}: cannot {action} {what}: {why if len(tensors) == 1 else re.sub('^its ', 'their ', why)}"
     if is_ragged:
-        said += _other_groups(refused[0], decisions)
+        mine = [d.tensor for d in decisions if d.action == "quantize" and d.scheme == refused[0].scheme]
+        said += _other_groups(refused[0].scheme, refused[0].rule.label, mine)
     if is_ragged or len(tensors) > 1:
         said += f"; to keep {'it' if len(tensors) == 1 else 'them'}: rules='[{{action: keep, {_condition(tensors)}}}]'"
     return said + (_cost(decisions, kept_dtype) if is_ragged else "")
 
 
-def _other_groups(refused: Decision, decisions: Sequence[Decision]) -> str:
-    """Say which size of groups divides the rows of all tensors of a refused one's scheme, or most of them."""
-    scheme = refused.scheme
+def _other_groups(scheme: Scheme | None, label: str, tensors: Sequence[LogicalTensor]) -> str:
+    """Say which size of groups divides the rows of all tensors, or most of them; `label` is that of their rule."""
     if not isinstance(scheme, Grouped):
         return ""
-    mine = [d for d in decisions if d.action == "quantize" and d.scheme == scheme]
-    left = {n: _share([d for d in mine if d.tensor.shape[-1] % n], mine) for n in scheme.group_sizes}
+    left = {n: _share([t for t in tensors if t.shape[-1] % n], tensors) for n in scheme.group_sizes}
     best = min(left, key=lambda n: (left[n], -n))
     if left[best] > RAGGED_SHARE:
         return f"; no group size that {scheme.engine} takes ({', '.join(map(str, left))}) divides enough of the rows"
     whole = "all" if not left[best] else f"all but {left[best]:.1%} of the weights"
-    key = f"{refused.rule.label}.quant.group_size" if refused.rule.label else setting("group_size")
+    key = f"{label}.quant.group_size" if label else setting("group_size")
     return f"; {key}={best} fits {whole}"
 
 
@@ -109,7 +129,7 @@ def _cost(decisions: Sequence[Decision], kept_dtype: DType | None) -> str:
     """Say how much of the model stays plain, and how large the output is, if all ragged rows are kept."""
     wanted = [d for d in decisions if d.action == "quantize"]
     ragged = {d.tensor.name for d in wanted if _is_ragged(d)}
-    share = _share([d for d in wanted if d.tensor.name in ragged], wanted)
+    share = _share([d.tensor for d in wanted if d.tensor.name in ragged], _tensors(wanted))
     rule = Rule(action="keep", why=RAGGED)
     left = [
         replace(d, rule=rule, encoding=_plain(d)) if d.scheme is not None and d.scheme.refuses(d.tensor.spec) else d

@@ -277,6 +277,10 @@ class Destination(Protocol):
         """Remove the journal and everything in it that was not published."""
         ...
 
+    def forget_empty(self) -> None:
+        """Remove a journal in which nothing is, as a kill at the end of `forget` leaves it; leave any other."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned:

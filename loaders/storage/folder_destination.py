@@ -189,6 +189,11 @@ class FolderDestination:
                 shutil.rmtree(path) if _is_folder(path) else path.unlink()
             shutil.rmtree(self.root)
 
+    def forget_empty(self) -> None:
+        # It does not exist, or something is in it.
+        with suppress(OSError):
+            self.root.rmdir()
+
 
 def _move_in(piece: Path, descriptor: int, start: int) -> None:
     """Copy a piece into the open file at an offset, then remove it. At most one piece is on the disk twice."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from loaders.errors import io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, Range, Store
 
@@ -14,6 +18,9 @@ from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, Range, Store
 SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 AT_ONCE = 16  # shards that are looked for at once
+# What an engine reads beside weights: configs, tokenizers, templates. Python files of a checkpoint are code, which is
+# never run. Vocabularies of a quarter of a million tokens take 35 MB.
+SMALL, LARGEST = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 64 << 20
 
 
 class LoneFile:
@@ -81,3 +88,22 @@ class LoneFile:
 
     def local_path(self, name: str) -> Path | None:
         return self._folder.local_path(name)
+
+    def alone(self) -> tempfile.TemporaryDirectory[str]:
+        """Make a folder in which nothing else is: links to the weights, copies of the small files beside them.
+
+        It is for engines, which read folders, and goes with the object that is returned.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        made = tempfile.TemporaryDirectory(prefix="weightmill-alone-", ignore_cleanup_errors=True)
+        for entry in self.list(deep=False):
+            path, place = self.local_path(entry.name), Path(made.name) / entry.name
+            assert path is not None
+            with io_errors("making", place):
+                if entry.name in self._set():
+                    place.symlink_to(os.path.abspath(path))
+                elif PurePosixPath(entry.name).suffix in SMALL and entry.size <= LARGEST:
+                    shutil.copyfile(path, place)
+        return made

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loaders.architectures.gguf import architecture_of
 from loaders.architectures.layers import layers_of
 from loaders.architectures.templates import KnownTraits
 from loaders.checkpoints import pipeline
@@ -86,6 +87,8 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
                     beside[name] = _weight_of(name, spec, by_name)
     if split:
         found = list(cut_all(found, family))
+    if checkpoint.container == "gguf" and not decode:
+        found = _roles_of_gguf(checkpoint, found)
     traits_of = KnownTraits(family)
     tensors = [_turned(_with_traits(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)
@@ -118,6 +121,16 @@ def _within(part: str, tensor: LogicalTensor) -> LogicalTensor:
         block=f"{part}/{tensor.block}",
         group=None if tensor.group is None else f"{part}/{tensor.group}",
     )
+
+
+def _roles_of_gguf(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
+    """Return tensors under a GGUF's own names with the roles of what transformers calls them, where it has them."""
+    architecture, family = architecture_of(checkpoint.config), checkpoint.family
+    published = [architecture.hf_name(tensor.name) for tensor in tensors]
+    return [
+        tensor if name is None else replace(tensor, role=family.traits(name.format(0), tensor.shape).role)
+        for tensor, name in zip(tensors, published, strict=True)
+    ]
 
 
 def _with_traits(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None) -> LogicalTensor:

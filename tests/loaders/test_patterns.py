@@ -14,7 +14,7 @@ from loaders.checkpoints.adapter_config import Patterns
 from loaders.checkpoints.name_patterns import Named
 from loaders.errors import BadCheckpoint
 from loaders.limits import PATTERN, PATTERNS
-from loaders.patterns import Pattern, compiled
+from loaders.patterns import Allowance, compiled
 from loaders.tensors.quantized_sources.auto_round import _Extra
 from loaders.tensors.quantized_sources.awq_gptq import Dynamic
 from loaders.tensors.quantized_sources.compressed_tensors import _Groups
@@ -35,7 +35,7 @@ WRITTEN = (
 @pytest.mark.filterwarnings("ignore:Possible nested set")
 @pytest.mark.filterwarnings("ignore:Possible set")
 def test_a_pattern_finds_what_python_s_engine_finds(pattern: str) -> None:
-    found = Pattern(pattern, "here")
+    found = compiled(pattern, "here")
     for text in TEXTS:
         for how in ("match", "search", "fullmatch"):
             assert getattr(found, how)(text) == (getattr(re, how)(pattern, text) is not None), (text, how)
@@ -48,9 +48,9 @@ def test_any_pattern_finds_what_python_s_engine_finds(pattern: str, text: str) -
         wanted = re.search(pattern, text) is not None
     except re.error:
         with pytest.raises(BadCheckpoint, match="is no regular expression"):
-            Pattern(pattern, "here")
+            compiled(pattern, "here")
         return
-    assert Pattern(pattern, "here").search(text) == wanted
+    assert compiled(pattern, "here").search(text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,27 @@ def test_patterns_that_python_never_ends_are_matched(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", [r"(?:(?:a|aa)+)+(?<!b)!", r"(?:(?:a|aa|aaa)+)+(?<!x)!"])
 def test_what_no_engine_ends_is_given_up(pattern: str) -> None:
     with pytest.raises(BadCheckpoint, match=r"here: the pattern .* takes too long to match; write it more simply"):
-        Pattern(pattern, "here").search("a" * 5000)
+        compiled(pattern, "here").search("a" * 5000)
+
+
+def test_the_patterns_of_a_list_share_what_slow_engines_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many names takes a moment alone."""
+    monkeypatch.setattr("loaders.patterns.LIST_SECONDS", 0.05)
+    allowance = Allowance()
+    one, other = (compiled(rf"(?>.*?{word})(?<!b)!", "here", allowance) for word in ("layers", "mlp"))
+    with pytest.raises(BadCheckpoint, match="takes too long to match"):
+        any(one.match(f"model.layers.{number}.mlp") for number in range(1_000_000))
+    with pytest.raises(BadCheckpoint, match="takes too long to match"):
+        other.match("model.layers.0.mlp")
+    assert not compiled(one.pattern, "there").match("model.layers.0.mlp")  # another document's
+
+
+def test_the_patterns_of_a_list_meet_so_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaders.patterns.PATTERN_TRIES", 1000)
+    settings = {"dynamic": {f"-:model.*{number}": {} for number in range(11)}}
+    dynamic = Dynamic(settings)
+    with pytest.raises(BadCheckpoint, match=r"GPTQ's dynamic settings: its patterns .* more than 1,000; write fewer"):
+        [dynamic.settings_of(f"layers.{number}") for number in range(100)]
 
 
 def test_a_long_pattern_is_refused() -> None:

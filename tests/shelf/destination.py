@@ -151,6 +151,9 @@ class ShelfDestination:
         with suppress(OSError):
             self._scratch.rmdir()
 
+    def forget_empty(self) -> None:
+        """A prefix without objects is nothing."""
+
 
 def is_alive(process: int) -> bool:
     try:

@@ -38,6 +38,7 @@ class MlxAffine:
     engine: ClassVar[str] = "mlx"
     backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx", "cuda")
     mode: ClassVar[str] = "affine"
+    group_sizes: ClassVar[tuple[int, ...]] = GROUP_SIZES
     bits: int = 4
     group_size: int = 64
 

@@ -56,7 +56,8 @@ class Plain:
         return self.align(spec)
 
     def align(self, spec: TensorSpec) -> int:
-        return 1
+        # Items of block formats are bytes; ranges of whole blocks can be decoded.
+        return spec.dtype.size((spec.dtype.block,)) if spec.dtype.block > 1 else 1
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray

@@ -205,6 +205,9 @@ class HubDestination:
         with suppress(OSError):
             self._scratch.rmdir()
 
+    def forget_empty(self) -> None:
+        self._inner.forget_empty()
+
 
 def _journal_name(place: Place) -> str:
     branch = quote(place.revision or "main", safe="")

@@ -211,6 +211,9 @@ class ObjectDestination:
             abort(self._client, each)
         shutil.rmtree(scratch_folder(current().scratch, self._name), ignore_errors=True)
 
+    def forget_empty(self) -> None:
+        """A prefix without objects is nothing."""
+
 
 # --- scratch
 

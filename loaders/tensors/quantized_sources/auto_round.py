@@ -21,7 +21,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.limits import check_patterns
-from loaders.patterns import compiled
+from loaders.patterns import Allowance, compiled
 from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.specs import TensorSpec, WeightSpec
@@ -108,7 +108,8 @@ class _Extra:
         self._entries: Mapping[str, Mapping[str, Any]] = entries
         patterns = [(key, own) for key, own in entries.items() if own and re.search(r"[*^$|()\[\]?+\\]", key)]
         check_patterns(len(patterns), "AutoRound's extra_config")
-        self._patterns = [(compiled(key, "AutoRound's extra_config"), own) for key, own in patterns]
+        allowance = Allowance()
+        self._patterns = [(compiled(key, "AutoRound's extra_config", allowance), own) for key, own in patterns]
         stored = {name.rpartition(".")[0] for name in by_name}
         tails = Counter(map(_tail, entries))
         self._by_tail: Mapping[str, Mapping[str, Any]] = {

@@ -10,7 +10,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.limits import check_patterns
-from loaders.patterns import compiled
+from loaders.patterns import Allowance, compiled
 from loaders.quantization.read_only.awq_gptq import Awq, Gptq
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -88,10 +88,11 @@ class Dynamic:
         if not isinstance(entries, Mapping):
             raise BadCheckpoint(f"GPTQ's dynamic settings: expected patterns with settings, found {entries!r:.80}")
         check_patterns(len(entries), "GPTQ's dynamic settings")
+        allowance = Allowance()
         self._entries = [
             (
                 key,
-                compiled(re.sub(r"^[-+]:", "", key), "GPTQ's dynamic settings"),
+                compiled(re.sub(r"^[-+]:", "", key), "GPTQ's dynamic settings", allowance),
                 own if isinstance(own, Mapping) else {},
             )
             for key, own in entries.items()

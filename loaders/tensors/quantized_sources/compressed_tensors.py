@@ -16,7 +16,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
 from loaders.limits import check_patterns
-from loaders.patterns import Pattern, compiled
+from loaders.patterns import Allowance, Pattern, compiled
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
@@ -105,6 +105,7 @@ class _Groups:
             raise BadCheckpoint("config.json: quantization_config has no config_groups; fetch it again")
         self._exact: dict[str, Mapping[str, Any]] = {}
         self._patterns: list[tuple[Pattern, Mapping[str, Any]]] = []
+        self._allowance = Allowance()
         self._classes: list[Mapping[str, Any]] = []
         for name, group in groups.items():
             if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
@@ -115,7 +116,8 @@ class _Groups:
 
     def _add(self, target: str, group: Mapping[str, Any]) -> None:
         if target.startswith("re:"):
-            self._patterns.append((compiled(target.removeprefix("re:"), "config.json's targets"), group))
+            pattern = compiled(target.removeprefix("re:"), "config.json's targets", self._allowance)
+            self._patterns.append((pattern, group))
         elif "." not in target and target[:1].isupper():
             self._classes.append(group)
         else:

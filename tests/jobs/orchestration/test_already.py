@@ -49,6 +49,22 @@ def test_the_same_request_twice_is_done_already(model: Path, weightmill: Any) ->
     assert weightmill("plan", model, "format=json").document["already"] is True
 
 
+@pytest.mark.parametrize("many", [(), ("-m",)])
+def test_an_empty_journal_that_a_kill_left_goes(model: Path, weightmill: Any, many: tuple[str, ...]) -> None:
+    made = weightmill("run", model, "format=json").document
+    out = Path(made["output"])
+    empty, other = (out.parent / f".{out.name}.{key}.weightmill" for key in (made["run"]["key"][:12], "0" * 12))
+    for journal in (empty, other):
+        journal.mkdir()
+    assert weightmill("run", *many, model).status == 0
+    assert not empty.exists()
+    assert other.exists()
+    (other / "job.json").touch()
+    other.rename(empty)
+    assert weightmill("run", *many, model).status == 0
+    assert empty.exists()
+
+
 def test_a_single_run_takes_what_a_sweep_made_and_the_other_way_round(model: Path, weightmill: Any) -> None:
     swept = weightmill("run", "-m", model, "quant=nf4", "quant.group_size=128,256", "format=json")
     assert [job["already"] for job in swept.document["jobs"]] == [False, False]

@@ -14,7 +14,7 @@ from jobs.execution import run_tasks
 from jobs.spec.job import JobSpec, OutputSpec, bytes_of
 from loaders.errors import BadSpec
 from loaders.places import DEMO
-from tests.making import read_safetensors
+from tests.making import llama_tensors, read_safetensors, write_checkpoint
 
 DTYPE = {"BF16": "bfloat16", "F32": "float32"}
 
@@ -181,3 +181,21 @@ def test_growth_and_a_second_quantization_are_warned_of(weightmill: Any, tmp_pat
     ran = weightmill("plan", f"output.path={tmp_path / 'out'}", f"model.path={DEMO}", "quant=nf4")
     assert "warning: the output is larger" not in ran.out
     assert "quantized again" not in ran.out
+
+
+def test_the_size_that_is_warned_of_is_the_plan_s(weightmill: Any, tmp_path: Path, gguf: Path) -> None:
+    """hqq's scales are cast as they are written, which the size of an encoding alone does not say."""
+    asked = (f"model.path={gguf}", f"output.path={tmp_path / 'out'}", "quant=hqq8", "quant.group_size=8")
+    planned = weightmill("plan", *asked, "format=json").document
+    [said] = [each for each in planned["warnings"] if "larger than the source" in each]
+    assert f"{planned['output']['tensor_bytes'] / 1e6:.2f} MB instead of" in said
+
+
+def test_matrices_that_mlx_leaves_alone_are_named_with_the_groups_that_fit(weightmill: Any, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", llama_tensors())
+    ran = weightmill("plan", f"model.path={model}", "quant=mlx_int4", "quant.group_size=128")
+    assert ran.status == 0
+    assert "matrices stay plain" in ran.out
+    assert "groups of 128 do not divide rows of 64" in ran.out
+    assert "quant.group_size=64 fits all" in ran.out
+    assert "stay plain" not in weightmill("plan", f"model.path={model}", "quant=mlx_int4", "quant.group_size=64").out

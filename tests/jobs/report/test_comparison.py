@@ -83,3 +83,28 @@ def test_the_picture_has_intervals_and_words_that_a_reader_knows(
     assert "bars" not in alone.get_title()
     assert not alone.collections
     assert not plots.comparison_plot({}, tmp_path / "none.png")
+
+
+def test_sizes_that_the_table_shows_as_one_are_one() -> None:
+    jobs = [job("worse", "a", 8.0001, 0.2), job("better", "a", 8.0002, 0.1), job("best", "a", 8.01, 0.05)]
+    assert pareto(jobs) == ["better", "best"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ((47e6, 47e6), "not quantized: 47.00 MB of each output ("),
+        ((47e6, 1e6), "not quantized: 47.00 MB of one ("),
+        ((30e6, 47e6), "not quantized: 30.00 MB of one; 47.00 MB of other ("),
+        ((1e6, 2e6), None),
+    ],
+)
+def test_what_is_not_quantized_is_said_where_it_is_much(kept: tuple[float, float], said: str | None) -> None:
+    jobs = [
+        job(name, "a", 4, 0.1, metrics={"size/kept_bytes": size, "size/output_bytes": 60e6})
+        for name, size in zip(("one", "other"), kept, strict=True)
+    ]
+    [of_a] = Comparisons(jobs).of.values()
+    found = [line for line in of_a.lines() if isinstance(line, str) and line.startswith("not quantized")]
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(said)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.making import Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
+from tests.making import Raw, llama_tensors, make_source, read_safetensors, values_of, weights, write_checkpoint
 
 
 def test_diff_names_the_side_that_is_missing(source: Path, tmp_path: Path, weightmill: Any) -> None:
@@ -88,10 +88,44 @@ def test_diff_sorts_by_layer_and_sums_up(tmp_path: Path, weightmill: Any) -> Non
 def test_diff_without_its_arguments_is_refused(source: Path, weightmill: Any) -> None:
     ran = weightmill("diff", source)
     assert ran.status == 2
-    assert "b: missing; give b=..." in ran.err
+    assert "b: missing (the second checkpoint); give b=..." in ran.err
 
 
 def test_none_gives_back_an_equal_checkpoint(source: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "quant=none").status == 0
     one, other = read_safetensors(source), read_safetensors(tmp_path / "out")
     assert {n: r.data.tobytes() for n, r in one.items()} == {n: r.data.tobytes() for n, r in other.items()}
+
+
+def test_diff_and_a_job_agree_where_blocks_are_copied(tmp_path: Path, weightmill: Any) -> None:
+    """What is copied in blocks counts by the weights that the blocks stand for."""
+    model = make_source(tmp_path / "model")
+    source, out = tmp_path / "q8_0", tmp_path / "q4_0"
+    weightmill("run", f"model.path={model}", "quant=gguf_q8_0", f"output.path={source}")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {action: keep, name: '(token_embd|attn_q|ffn_up)'}\n")
+    ran = weightmill(
+        "run", f"model.path={source}", "quant=gguf_q4_0", f"output.path={out}", f"rules={rules}", "format=json"
+    )
+    assert ran.status == 0, ran.err
+    kept = [row for row in ran.document["tensors"] if row["action"] == "keep" and row["dtype"] == "Q8_0"]
+    assert kept
+    document = weightmill("diff", source, out, "format=json").document
+    total = document["total"]
+    assert total["relative_error"] == pytest.approx(ran.document["totals"]["relative_error"], rel=1e-3)
+
+
+def test_of_many_tensors_those_that_differ_most_are_shown(tmp_path: Path, weightmill: Any) -> None:
+    values = np.arange(64).reshape(8, 8)
+    one = {f"layers.{number}.weight": weights(values, "BF16") for number in range(60)}
+    other = dict(one)
+    for number in range(50):
+        data = one[f"layers.{number}.weight"].data.copy()
+        data[0, : 1 + number // 7] ^= 1
+        other[f"layers.{number}.weight"] = Raw("BF16", data)
+    a, b = write_checkpoint(tmp_path / "a", one), write_checkpoint(tmp_path / "b", other)
+    said = weightmill("diff", a, b).out
+    assert "the 40 that differ most; tensors=all lists every tensor" in said
+    assert "60 tensors: 10 equal, 50 different" in said
+    assert len(weightmill("diff", a, b, "format=json").document["tensors"]) == 50
+    assert "differ most" not in weightmill("diff", a, b, "tensors=all").out

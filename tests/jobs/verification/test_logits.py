@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,13 @@ def test_settings_that_make_no_sense_are_refused(given: tuple[str, ...], said: s
     with pytest.raises(BadSpec) as caught:
         compose("run", JobSpec, take_apart("run", JobSpec, given))
     assert said in caught.value.problems[0]
+
+
+def test_a_lone_gguf_is_judged_as_a_source(weightmill: Any, tmp_path: Path) -> None:
+    q8 = tmp_path / "q8"
+    assert weightmill("run", "quant=gguf_q8_0", f"output.path={q8}").status == 0
+    shutil.copyfile(next(q8.glob("*.gguf")), tmp_path / "alone.gguf")
+    ran = weightmill("run", f"model.path={tmp_path / 'alone.gguf'}", f"output.path={tmp_path / 'out'}", *LOGITS)
+    assert ran.status == 0, ran.err
+    assert "KL(original || output)" in ran.out
+    assert "evaluating it and the original" in ran.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,19 @@ def test_a_source_that_moved_is_found_by_its_new_place(
     assert ran.status == 2
     assert "give model.path=DIR" in ran.err
     assert faults(weightmill, out, f"model.path={tmp_path / 'moved'}") == []
+
+
+def test_no_server_is_asked_because_a_report_names_it(out: Path, weightmill: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://me:secret@127.0.0.1:{server.getsockname()[1]}/admin"
+        forge(out, lambda report: report["source"].update(path=url))
+        ran = weightmill("verify", f"output.path={out}")
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert ran.status == 2
+    assert "no server is asked because a file says so; give the address as model.path=URL" in ran.err
+    assert "secret" not in ran.out + ran.err
 
 
 def test_another_source_is_refused(out: Path, tmp_path: Path, weightmill: Any) -> None:

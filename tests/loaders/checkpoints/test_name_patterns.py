@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loaders.checkpoints.name_patterns import Named, fault_of, is_quick
+from loaders.errors import BadCheckpoint
 
 pytestmark = pytest.mark.quick
 
@@ -38,6 +39,14 @@ def test_patterns_that_tools_write_are_taken(pattern: str) -> None:
 )
 def test_an_entry_names_whole_parts_of_a_name(entry: str, is_in: bool) -> None:
     assert ("model.layers.1.mlp.gate_proj" in Named([entry], "here")) == is_in
+
+
+def test_a_list_of_names_that_no_module_has_is_looked_through_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaders.checkpoints.name_patterns.SCANNED", 100_000)
+    modules = [f"model.layers.{number}.mlp" for number in range(1000)]
+    assert Named(modules, "here").unused(modules) == []
+    with pytest.raises(BadCheckpoint, match=r"here: a list of 1000 names, most of which no module has"):
+        Named([f"x{number}" for number in range(1000)], "here").unused(modules)
 
 
 def test_an_entry_is_unused_if_no_tool_could_mean_anything_by_it() -> None:

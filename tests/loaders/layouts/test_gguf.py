@@ -201,3 +201,12 @@ def test_a_chosen_mix_is_named_after_its_most_common_type(weightmill: Any, tmp_p
     assert ran.status == 0, ran.err
     [file] = (tmp_path / "out").glob("*.gguf")
     assert re.fullmatch(r"demo-Q\d_K(_M)?\.gguf", file.name)
+
+
+def test_a_gguf_from_a_gguf_has_roles(tmp_path: Path, weightmill: Any) -> None:
+    q8 = tmp_path / "q8"
+    assert weightmill("run", "quant=gguf_q8_0", f"output.path={q8}").status == 0
+    asked = (f"model.path={q8}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}", "format=json")
+    found = {row["name"]: row["role"] for row in weightmill("plan", *asked).document["tensors"]}
+    wanted = {"token_embd": "embedding", "blk.0.attn_q": "attention", "blk.0.ffn_up": "mlp", "blk.0.attn_norm": "norm"}
+    assert {name: found[f"{name}.weight"] for name in wanted} == wanted
