@@ -24,7 +24,7 @@ from weightmill.request import is_sweep, request_of
 from weightmill.results import JobPlan, JobResult, Result, SweepResult, VerifyResult
 
 Settings = Mapping[str, Any]
-Path = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 # A progress function of a job may itself ask for something; another thread waits.
 _TURN = threading.RLock()
 R = TypeVar("R")
@@ -34,7 +34,7 @@ def run(
     settings: Settings | None = None,
     /,
     *,
-    model: Path | None = None,
+    model: PathLike | None = None,
     quant: str | list[str] | None = None,
     progress: OnProgress | bool = False,
     **others: Any,
@@ -68,7 +68,7 @@ def run(
 
 
 def plan(
-    settings: Settings | None = None, /, *, model: Path | None = None, quant: str | None = None, **others: Any
+    settings: Settings | None = None, /, *, model: PathLike | None = None, quant: str | None = None, **others: Any
 ) -> JobPlan:
     """Say exactly what `run` would do with the same settings, by reading headers alone; nothing is written.
 
@@ -82,11 +82,11 @@ def plan(
 
 
 def verify(
-    output: Path,
+    output: PathLike,
     settings: Settings | None = None,
     /,
     *,
-    model: Path | None = None,
+    model: PathLike | None = None,
     progress: OnProgress | bool = False,
     **others: Any,
 ) -> VerifyResult:
@@ -114,7 +114,7 @@ def verify(
     return _ask(VERB, asked, found, progress)
 
 
-def inspect(model: Path, settings: Settings | None = None, /, **others: Any) -> Result:
+def inspect(model: PathLike, settings: Settings | None = None, /, **others: Any) -> Result:
     """Say what a checkpoint holds, as `weightmill inspect` does: `document` has tensors, roles, dtypes, sizes, ties.
 
     Raises:
@@ -125,7 +125,7 @@ def inspect(model: Path, settings: Settings | None = None, /, **others: Any) -> 
     return _ask(VERB, _all(settings, others, model={"path": model}), _result)
 
 
-def lint(output: Path, settings: Settings | None = None, /, **others: Any) -> Result:
+def lint(output: PathLike, settings: Settings | None = None, /, **others: Any) -> Result:
     """Say what an engine will fail on in a checkpoint, as `weightmill lint` does: `document` has the findings.
 
     Raises:
@@ -136,7 +136,7 @@ def lint(output: Path, settings: Settings | None = None, /, **others: Any) -> Re
     return _ask(VERB, _all(settings, others, output={"path": output}), _result)
 
 
-def compare(*runs: Path, settings: Settings | None = None, **others: Any) -> Result:
+def compare(*runs: PathLike, settings: Settings | None = None, **others: Any) -> Result:
     """Compare outputs by their folders, or runs of MLflow, as `weightmill compare` does; none: the last sweep's.
 
     Raises:

@@ -227,3 +227,18 @@ def test_an_interrupt_is_one_of_the_program_s_and_the_call_goes_on_from_there(tm
     assert last == "False"
     assert handlers == "True", "no handler of a signal was set, not even below Python"
     assert ran.stderr == ""
+
+
+def test_a_program_that_is_a_package_keeps_its_handlers(tmp_path: Path) -> None:
+    """While `python -m PACKAGE` imports it, sys.argv looks as it does for `python -m jobs.run`."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("from weightmill import run\n")
+    (tmp_path / "mine" / "__main__.py").write_text(
+        "import signal, sys\n"
+        "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, sys.excepthook is sys.__excepthook__)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "mine"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.stdout.split() == ["True", "True"], ran.stderr
