@@ -23,6 +23,7 @@ from jobs.cli.choices import fault_of
 from jobs.cli.instead import instead
 from jobs.cli.literals import quoted, verbatim
 from jobs.cli.meant import Keys, bare_problem, choice_problem, option_problem
+from jobs.cli.program import program
 from jobs.cli.rules_file import rules_of
 from jobs.cli.validation import check, fields_of, path_keys
 from loaders.errors import BadSpec
@@ -199,7 +200,7 @@ def _choice(override: str, group: str, value: str, verb: str, request: Request) 
         if chosen in files and (wrong := fault_of(files[chosen], group, choices)) is not None:
             return "", wrong
     if (listed != value or "," in value) and not request.is_sweep:
-        hint = f"; a sweep takes several: weightmill run -m {group}={listed}" if verb == "run" else ""
+        hint = f"; a sweep takes several: {program()} run -m {group}={listed}" if verb == "run" else ""
         return "", f"{group}: expected one choice, found {value}{hint}"
     return override, None
 
@@ -298,7 +299,7 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
     swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
     if not swept:
         return []
-    return [f"experiment: it is a sweep over {', '.join(swept)}: weightmill run -m ... runs it; or give each a value"]
+    return [f"experiment: it is a sweep over {', '.join(swept)}: {program()} run -m ... runs it; or give each a value"]
 
 
 def plain(config: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.unit import Share
 from jobs.orchestration.needs import notes_of
@@ -312,7 +313,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" weightmill clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
+            f" {program()} clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
         )
 
 

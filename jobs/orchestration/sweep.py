@@ -23,6 +23,7 @@ from rich.text import Text
 
 from jobs.cli.compose import Request
 from jobs.cli.multirun import Composed, Together, sweep
+from jobs.cli.program import program
 from jobs.cli.validation import check
 from jobs.cli.verb import DONE, FAILED, WRONG, Said, note
 from jobs.orchestration import already
@@ -377,7 +378,7 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
 def _to_compare(candidates: Sequence[ComparedJob]) -> list[RenderableType]:
     """Return the command that compares the outputs, tracked or not, if these are several."""
     outputs = [job.output for job in candidates if job.status == "done" and job.output]
-    return [whole(f"compare them: {shlex.join(['weightmill', 'compare', *outputs])}")] if len(outputs) > 1 else []
+    return [whole(f"compare them: {program()} {shlex.join(['compare', *outputs])}")] if len(outputs) > 1 else []
 
 
 def page_of(output: Address, root: Path) -> str:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cli.program import program
 from jobs.cli.progress import Meter
 from jobs.cli.verb import note
 from jobs.output.journal import LOGITS
@@ -256,5 +257,5 @@ def pass_gate(spec: LogitsSpec | EmbeddingsSpec, quality: Mapping[str, Any], out
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
-            f" weightmill clean {shlex.quote(str(output))} delete=true removes them"
+            f" {program()} clean {shlex.quote(str(output))} delete=true removes them"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import completions
+from jobs.cli.program import program
 from loaders.places import ROOT
 
 
@@ -87,3 +88,18 @@ def test_a_folder_with_packages_of_the_same_names_runs_none_of_them(tmp_path: Pa
     )  # fmt: skip
     assert "a package of the folder" not in asked.stdout + asked.stderr
     assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.quick
+def test_what_is_shown_begins_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {name: tmp_path / name / "weightmill" for name in ("an environment", "another")}
+    for script in scripts.values():
+        script.parent.mkdir()
+        script.touch(mode=0o755)
+    mine, other = scripts.values()
+    for path, wanted in ((mine, "weightmill"), (other, f"'{mine}'"), (tmp_path, f"'{mine}'")):
+        monkeypatch.setattr(sys, "argv", [str(mine), "run"])
+        monkeypatch.setenv("PATH", str(path.parent if path != tmp_path else path))
+        assert program() == wanted
+    monkeypatch.setattr(sys, "argv", ["jobs/run.py"])
+    assert program() == "weightmill"
