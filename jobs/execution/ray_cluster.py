@@ -185,8 +185,9 @@ def _start(spec: ClusterSpec, address: str | None, own: OwnRay | None) -> Any:
         _join(ray, options, str(address), ship_code=spec.ship_code)
     else:
         _start_own(ray, options, own)
-    # Ray replaces the main thread's handler by one that ends the process at once, so that part files would stay.
-    if stops is not None and signal.getsignal(signal.SIGTERM) is not stops:
+    # Ray replaces the handler by one that ends the process at once, so that part files would stay. Python does not see
+    # that, and has handlers of signals set in the main thread alone, as Ray does.
+    if stops is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stops)
     return ray
 
