@@ -45,7 +45,7 @@ def test_the_demos_card(weightmill: Any, tmp_path: Path) -> None:
     assert weightmill("run", f"output.path={tmp_path / 'out'}", "quant=nf4").status == 0
     card = (tmp_path / "out" / CARD).read_text()
     own, theirs = card.split(f"{END}\n\n")
-    own = re.sub(r"(weightmill|numpy|numba|xxhash) \d[\w.]*", r"\1 VERSION", own)
+    own = re.sub(r"(weightmill|numpy|numba|xxhash) (?!run )[\w.]+", r"\1 VERSION", own)
     assert own == GOLDEN.read_text(), "where this is meant, write it anew"
     assert theirs == (DEMO / CARD).read_text()
 
