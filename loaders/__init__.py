@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
     from loaders.loading.save import save
+    from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
+    from loaders.models.loading import load_model_and_tokenizer
+    from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
+    from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
     from loaders.presets.catalog import preset, preset_names
     from loaders.progress import Progress
     from loaders.specs import WeightSpec
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AtomicWriter",
     "AutoLoader",
+    "Backend",
     "BadCheckpoint",
     "BadSpec",
     "Checkpoint",
@@ -66,16 +71,24 @@ __all__ = [
     "LazyLoader",
     "LoadConfig",
     "LoadStats",
+    "LoadingStrategy",
     "LowMemoryLoader",
+    "ModelLoader",
+    "ModelLoaderFactory",
+    "ModelLoadingConfig",
     "MultiThreadWeightLoader",
     "Problem",
     "Progress",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedModelLoader",
     "QuantizedTensor",
     "ReadLoader",
     "Recommendation",
     "RunaiLoader",
     "SafetensorsLoader",
     "Shared",
+    "StandardModelLoader",
     "Statistics",
     "StorageError",
     "StreamingWeightLoader",
@@ -97,6 +110,7 @@ __all__ = [
     "get_file_lock_path",
     "get_recommended_loader_config",
     "load_and_quantize",
+    "load_model_and_tokenizer",
     "load_weights",
     "loader",
     "open_checkpoint",
@@ -128,6 +142,18 @@ _PLACES = {
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
     "loading.save": ("save",),
+    "models": (
+        "Backend",
+        "LoadingStrategy",
+        "ModelLoader",
+        "ModelLoaderFactory",
+        "ModelLoadingConfig",
+        "QuantizationConfig",
+        "QuantizationMethod",
+        "QuantizedModelLoader",
+        "StandardModelLoader",
+        "load_model_and_tokenizer",
+    ),
     "presets.catalog": ("preset", "preset_names"),
     "progress": ("Progress",),
     "specs": ("WeightSpec",),

@@ -70,7 +70,11 @@ class FittedPreset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """A recommendation. `scheme` is None if nothing fits; `arithmetic` is the derivation, one line per step."""
+    """A recommendation. `scheme` is None if nothing fits; `arithmetic` is the derivation, one line per step.
+
+    It can be passed on as the config of `load_model_and_tokenizer` and `ModelLoaderFactory`. `model_name`: where the
+    checkpoint is; None if only a number of parameters was given.
+    """
 
     scheme: str | None
     strategy: str
@@ -80,6 +84,7 @@ class Recommendation:
     reserve_bytes: int
     candidates: tuple[FittedPreset, ...]
     arithmetic: tuple[str, ...]
+    model_name: str | None = None
 
     def load_config(self) -> LoadConfig:
         """Return the settings for `load_and_quantize`, which loads to the CPU.
@@ -92,7 +97,7 @@ class Recommendation:
         return LoadConfig(quantize=None if self.scheme == "none" else self.scheme, strategy=self.strategy)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "model_name"}
 
     def __str__(self) -> str:
         return "\n".join(self.arithmetic)
@@ -147,6 +152,7 @@ def get_recommended_loader_config(
         reserve_bytes=reserve,
         candidates=tuple(candidates),
         arithmetic=tuple(lines),
+        model_name=None if checkpoint is None else str(checkpoint.address),
     )
 
 

@@ -7,21 +7,50 @@ transformers 5 and accelerate (the extra `models`); quantized modules also need 
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from loaders.errors import BadSpec
-from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
+from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
+
+if TYPE_CHECKING:
+    from loaders.models.adapters import save_adapter, trained_weights
+    from loaders.models.evaluating import evaluate
+    from loaders.models.fsdp import load_sharded_model
+    from loaders.models.loading import load_model_and_tokenizer
+    from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
+    from loaders.models.quality import Quality
+    from loaders.models.skeleton import open_weights, skeleton_of
 
 __all__ = [
+    "Backend",
     "LoadingStrategy",
+    "ModelLoader",
+    "ModelLoaderFactory",
     "ModelLoadingConfig",
     "Quality",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedModelLoader",
+    "StandardModelLoader",
     "evaluate",
     "load_model_and_tokenizer",
+    "load_sharded_model",
     "open_weights",
+    "save_adapter",
     "skeleton_of",
+    "trained_weights",
 ]
 NEEDED = ("torch", "transformers", "accelerate")
+PLACES = {
+    "adapters": ("save_adapter", "trained_weights"),
+    "evaluating": ("Quality", "evaluate"),
+    "fsdp": ("load_sharded_model",),
+    "loading": ("load_model_and_tokenizer",),
+    "model_loaders": ("ModelLoader", "ModelLoaderFactory", "QuantizedModelLoader", "StandardModelLoader"),
+    "skeleton": ("open_weights", "skeleton_of"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -30,25 +59,12 @@ def __getattr__(name: str) -> Any:
     Raises:
         BadSpec: one of them is not installed.
     """
-    if name not in __all__:
+    place = next((module for module, names in PLACES.items() if name in names), None)
+    if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return _imported(name)
+        return getattr(import_module(f"{__name__}.{place}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDED:
             raise
         raise BadSpec(f"loaders.models: {name} needs {error.name}: pip install 'weightmill[models]'") from None
-
-
-def _imported(name: str) -> Any:
-    if name == "load_model_and_tokenizer":
-        from loaders.models.loading import load_model_and_tokenizer
-
-        return load_model_and_tokenizer
-    if name in ("Quality", "evaluate"):
-        from loaders.models import evaluating
-
-        return getattr(evaluating, name)
-    from loaders.models import skeleton
-
-    return getattr(skeleton, name)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.models.skeleton import Skeleton
-from loaders.quantization.scheme import Scheme
+from loaders.models.quantized_modules import QuantizedWeight
+from loaders.models.skeleton import Skeleton, set_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +21,17 @@ class DeviceLimits:
     device: str
 
     def dtype(self, asked: str | None, checkpoint: Checkpoint) -> str | None:
-        """Return the dtype of float weights on the device; on MPS, bfloat16 weights become float16.
+        """Return the dtype of float weights on the device, None for the checkpoint's; on MPS, float16 by default.
 
         Raises:
             BadSpec: bfloat16 is asked for on MPS.
         """
         if not self.device.startswith("mps"):
-            return asked
-        if asked == "bfloat16":
+            return None if asked == "auto" else asked
+        found = load_dtype(checkpoint.config) if asked == "auto" else None
+        if asked == "bfloat16" or (found is not None and found.name == "BF16"):
             raise BadSpec("dtype: MPS has no bfloat16 matrix products worth having; give float16")
-        found = load_dtype(checkpoint.config)
-        return asked or ("float16" if found is not None and found.name == "BF16" else None)
+        return None if asked == "auto" else asked or "float16"
 
 
 def place_of(device: str) -> DeviceLimits:
@@ -55,7 +56,7 @@ class Places:
 
 
 def device_map_of(
-    skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]], limits: Mapping[str, int], device: str
+    skeleton: Skeleton, held: Mapping[str, QuantizedWeight], limits: Mapping[str, int], device: str
 ) -> Places:
     """Place modules on the devices of `limits` in their order, without splitting decoder blocks.
 
@@ -64,7 +65,7 @@ def device_map_of(
     """
     if not limits:
         return Places(device, {})
-    size = bytes_of(skeleton, schemes)
+    size = bytes_of(skeleton, held)
     if sum(limits.values()) < size:
         raise BadSpec(
             f"max_memory: the model takes {size} bytes, {dict(limits)} are {sum(limits.values())};"
@@ -76,24 +77,40 @@ def device_map_of(
 
     # accelerate names CUDA devices by their numbers.
     keys = {int(name.partition(":")[2]) if name.startswith("cuda:") else name: n for name, n in limits.items()}
-    found = infer_auto_device_map(
-        skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
-    )
+    with _as_stored(skeleton.model, held):
+        found = infer_auto_device_map(
+            skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
+        )
     if "disk" in found.values():
         raise BadSpec(f"max_memory: blocks do not divide over {dict(limits)}; give one of them more, or use STREAMING")
     return Places(device, {m: f"cuda:{d}" if isinstance(d, int) else str(d) for m, d in found.items()})
 
 
-def bytes_of(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> int:
-    """Return the bytes of the loaded model's parameters; quantized ones count as stored, tied ones once."""
+@contextmanager
+def _as_stored(model: Any, held: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Within the block, weights that are held quantized are bytes on meta, as many as are stored of them."""
+    import torch
+
+    before = {name: model.get_parameter(name) for name in held}
+    for name, each in held.items():
+        packed = torch.empty(each.size, dtype=torch.uint8, device="meta")
+        set_parameter(model, name, torch.nn.Parameter(packed, requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in before.items():
+            set_parameter(model, name, parameter)
+
+
+def bytes_of(skeleton: Skeleton, held: Mapping[str, QuantizedWeight]) -> int:
+    """Return the bytes of the loaded model's parameters; those held quantized count as stored, tied ones once."""
     total, seen = 0, set()
     for name, parameter in skeleton.model.named_parameters():
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        if name in schemes:
-            spec = skeleton.parameters[name][0].spec
-            total += sum(part.size for part in schemes[name][0].stored(spec).values())
+        if name in held:
+            total += held[name].size
         else:
             total += parameter.numel() * parameter.element_size()
     return total

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ import torch
 from torch import nn
 
 from loaders.architectures.family import load_dtype
-from loaders.backends import best
-from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.loading.recommend import Recommendation
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
 from loaders.models.foreign import generation_config_from, model_from, tokenizer_from
-from loaders.models.hub_cache import place_of_model
-from loaders.models.quantized_modules import module_maker, runs_here, unusable_4bit
-from loaders.models.sharding import is_alone, is_first
+from loaders.models.opening import OpenedModel, open_model
+from loaders.models.quantized_modules import QuantizedWeight, module_maker, runs_here, unusable_4bit
+from loaders.models.recommended import config_of
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.small_files import small_files
 from loaders.models.streaming import stream
-from loaders.models.weights import ModelWeights, Parts
+from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.rules.decide import decide
-from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
+from loaders.tensors.block_expansion import BLOCK, expand_checkpoint, expand_sources
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import check_decodable
@@ -36,17 +39,22 @@ Models = tuple[Any, Any]
 
 
 def load_model_and_tokenizer(
-    name_or_path: str | Path, backend: str = "auto", config: ModelLoadingConfig | None = None, **settings: Any
+    name_or_path: str | Path | None = None,
+    backend: str = "auto",
+    config: ModelLoadingConfig | Recommendation | None = None,
+    **settings: Any,
 ) -> Models:
     """Load a causal language model, ready to run, and its tokenizer (None if the folder has none).
 
     `name_or_path`: a folder; the URL of a store (s3://bucket/model, hf://owner/name), from which weights are fetched
-    into memory; or a Hugging Face Hub name whose files are in the local cache, for which nothing is downloaded.
+    into memory; or a Hugging Face Hub name whose files are in the local cache, for which nothing is downloaded. By
+    default the config's `model_name`. `config`: a ModelLoadingConfig, or what `get_recommended_loader_config` gives.
     `settings`: fields of ModelLoadingConfig, which replace those of `config`.
 
     Quantized weights stay quantized if their engine's modules are made here (bitsandbytes, hqq, MLX), or if
-    transformers loads them (compressed-tensors, fp8, ...); decode=True decodes them. With quantize=SCHEME, plain
-    weights are encoded tensor by tensor into the engine's modules: the model is never in memory in full precision.
+    transformers loads them (compressed-tensors, fp8, ...), which STREAMING decodes; decode=True decodes all. With
+    quantize=SCHEME, plain weights are encoded tensor by tensor into the engine's modules: the model is never in memory
+    in full precision.
 
     Raises:
         BadSpec: the request cannot be done for this model or on this machine.
@@ -54,18 +62,30 @@ def load_model_and_tokenizer(
     """
     if backend != "auto":
         settings["backend"] = backend
-    if config is not None and not isinstance(config, ModelLoadingConfig):
-        raise BadSpec(f"config: expected a ModelLoadingConfig, found {config!r:.80}; settings go in as arguments")
-    config = replace(config or ModelLoadingConfig(), **settings)
-    where = place_of_model(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
-    checkpoint = open_checkpoint(where, key="name_or_path")
-    if config.llama_pro_path is not None:
-        check_expanded(open_checkpoint(place_of_model(name_or_path), key="name_or_path"), checkpoint)
-    if _is_mlx(config, checkpoint):
+    opened = open_model(config_of(config, name_or_path, settings))
+    return model_of(opened), tokenizer_for(opened)
+
+
+def model_of(opened: OpenedModel) -> Any:
+    """Load the model that was opened. Errors as `load_model_and_tokenizer`."""
+    began = time.perf_counter()
+    if opened.is_mlx:
         from loaders.models import mlx_modules
 
-        return mlx_modules.load(checkpoint, config)
-    return _model(checkpoint, config), tokenizer_of(checkpoint)
+        model = mlx_modules.load(opened.checkpoint, opened.config)
+    else:
+        model = _of_transformers(opened)
+    opened.say("loaded %s in %.1f s", type(model).__name__, time.perf_counter() - began)
+    return model
+
+
+def tokenizer_for(opened: OpenedModel) -> Any:
+    """Load the tokenizer of what was opened; None if it has none."""
+    if opened.is_mlx:
+        from loaders.models import mlx_modules
+
+        return mlx_modules.tokenizer_of(opened.checkpoint)
+    return tokenizer_of(opened.checkpoint)
 
 
 def load_as(auto: Any, checkpoint: Checkpoint, device: str, *, dtype: str, decode: bool) -> Any:
@@ -74,7 +94,7 @@ def load_as(auto: Any, checkpoint: Checkpoint, device: str, *, dtype: str, decod
     Raises:
         BadSpec, BadCheckpoint: as `load_model_and_tokenizer`.
     """
-    config = ModelLoadingConfig(backend=device, decode=decode, dtype=dtype)
+    config = ModelLoadingConfig(backend=device.partition(":")[0], decode=decode, dtype=dtype)
     sources = sources_of(checkpoint, config)
     skeleton = skeleton_of(checkpoint, sources, dtype=dtype, auto=auto)
     schemes = schemes_of(checkpoint, sources, skeleton, config)
@@ -93,67 +113,84 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
         return tokenizer_from(folder)
 
 
-def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
-    """Check that a checkpoint is a block expansion of another, by their configs.
-
-    Raises:
-        BadSpec: it is not an expansion.
-    """
-    old, new = (c.config.get("num_hidden_layers") for c in (base, expanded))
-    added = new - old if isinstance(old, int) and isinstance(new, int) else 0
-    if added < 1:
-        raise BadSpec(f"llama_pro_path: expected more than the {old} blocks of {base.address}, found {new}")
-    wanted = expand_checkpoint(base, added).config
-    keys = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "layer_types")
-    differing = [key for key in keys if wanted.get(key) != expanded.config.get(key)]
-    if differing:
-        raise BadSpec(
-            f"llama_pro_path: {expanded.address} is no expansion of {base.address}: {differing[0]} is"
-            f" {expanded.config.get(differing[0])!r}, expected {wanted.get(differing[0])!r}"
-        )
-
-
-def _is_mlx(config: ModelLoadingConfig, checkpoint: Checkpoint) -> bool:
-    block = checkpoint.config.get("quantization")
-    is_mlx_scheme = config.scheme is not None and config.scheme.engine == "mlx"
-    if config.backend != "mlx" and is_mlx_scheme:
-        raise BadSpec("quantize: MLX's schemes run on MLX: give backend='mlx'")
-    return config.backend == "mlx" or (config.backend == "auto" and isinstance(block, dict) and not config.decode)
-
-
-def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
-    device = best() if config.backend == "auto" else config.backend
-    device = "cpu" if device == "mlx" else device
+def _of_transformers(opened: OpenedModel) -> Any:
+    checkpoint, config, device = opened.checkpoint, opened.config, opened.device
+    is_shared = opened.rank.shares(config)
+    if is_shared or config.offload_to_cpu:
+        device = "cpu"
     sources = sources_of(checkpoint, config)
-    if _needs_transformers(sources, config):
-        return from_transformers(checkpoint, config, device)
+    if not is_shared and checkpoint.quantized_by != "mlx" and needs_transformers(sources, config):
+        opened.say("loading modules that transformers makes itself, by from_pretrained")
+        return _trained(from_transformers(checkpoint, config, device), opened.added)
     if config.llama_pro_blocks:
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
         checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
     skeleton = skeleton_of(
-        checkpoint, sources, dtype=place_of(device).dtype(config.dtype, checkpoint), attention=config.attention,
+        checkpoint, sources, dtype=place_of(opened.device).dtype(config.dtype, checkpoint), attention=config.attention,
         ignore_unexpected=config.ignore_unexpected,
     )  # fmt: skip
     model = skeleton.model
-    _set_generation(model, checkpoint)
-    if config.strategy is LoadingStrategy.STREAMING:
-        stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
-        return model
-    if config.strategy is LoadingStrategy.LOW_MEMORY and not is_alone():
-        if config.quantize is not None:
-            raise BadSpec(
-                "quantize: of several processes, strategy=low_memory fills the first one's model alone, and quantized"
-                " modules can be neither scattered nor broadcast to the others; give strategy=full in each"
-            )
-        if not is_first():
-            return model
-        device = "cpu"
-    schemes = schemes_of(checkpoint, sources, skeleton, config)
-    places = device_map_of(skeleton, schemes, config.limits, device)
+    set_generation(model, checkpoint)
+    schemes = schemes_of(checkpoint, sources, skeleton, config, opened.added)
+    held = quantized_weights(skeleton, checkpoint, schemes, config.compute_dtype)
+    opened.say("%s of %d tensors, %d of them quantized%s; strategy %s", type(model).__name__, len(skeleton.parameters),
+               len(held), "" if config.scheme is None else f" to {config.quantize}", config.strategy)  # fmt: skip
+    _mark_quantized(model, held)
+    # On every rank, so that none waits for the first one's weights where that refuses them.
+    places = device_map_of(skeleton, held, config.limits, device)
     check_usable(skeleton, schemes, places.device_of)
-    with open_weights(checkpoint, skeleton, workers=config.workers, use_cache=config.use_cache) as weights:
-        fill_model(skeleton, weights, schemes, places.device_of)
-    return hold_to(model, places)
+    if is_shared and not opened.rank.is_first:
+        _set_meta_modules(skeleton, held)
+        return _trained(model, opened.added)
+    streams = config.strategy is LoadingStrategy.STREAMING
+    use_cache = config.use_cache or (streams and config.scheme is not None)
+    weights = open_weights(checkpoint, skeleton, workers=config.workers, use_cache=use_cache)
+    if streams:
+        with closed_on_error(weights):
+            streamer = stream(model, weights, device, config.memory_budget_mb, held)
+            opened.say("streaming groups of up to %.1f MB", streamer.largest_bytes / 1e6)
+            new = [each.encoding for each in held.values() if each.encoding is not None]
+            if new:
+                made = weights.keep_encoded(new)
+                opened.say("%d weights were encoded into the cache, %d were there", made, len(new) - made)
+        return model
+    with weights:
+        fill_model(skeleton, weights, schemes, places.device_of, config.compute_dtype)
+    return hold_to(_trained(model, opened.added), places)
+
+
+@contextmanager
+def closed_on_error(weights: ModelWeights) -> Iterator[None]:
+    """Close the weights if the block fails; otherwise they stay open for the model that streams them."""
+    try:
+        yield
+    except BaseException:
+        weights.close()
+        raise
+
+
+def _trained(model: Any, added: frozenset[int]) -> Any:
+    """Leave gradients to the blocks that a block expansion has added, if there are any, as LLaMA Pro trains them."""
+    for name, parameter in model.named_parameters() if added else ():
+        match = BLOCK.match(name)
+        parameter.requires_grad_(match is not None and int(match["number"]) in added and parameter.is_floating_point())
+    return model
+
+
+def _mark_quantized(model: Any, held: Mapping[str, QuantizedWeight]) -> None:
+    """Set what peft looks at before it puts adapters of its own kinds onto bitsandbytes' modules."""
+    kinds = {type(each.scheme) for each in held.values()}
+    if Bnb4 in kinds:
+        model.is_loaded_in_4bit = True
+    if LlmInt8 in kinds:
+        model.is_loaded_in_8bit = True
+
+
+def _set_meta_modules(skeleton: Skeleton, held: Mapping[str, QuantizedWeight]) -> None:
+    """Put the engines' modules into a skeleton, on meta: what the first rank has, without values."""
+    for name, each in held.items():
+        path = name.rpartition(".")[0]
+        skeleton.model.set_submodule(path, each.on_meta(skeleton.model.get_submodule(path).bias))
 
 
 def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
@@ -173,9 +210,9 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
     return tensors_of(checkpoint, decode=True)
 
 
-def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
-    """Whether some quantized tensors have modules in transformers only."""
-    if config.decode or config.strategy is not LoadingStrategy.FULL or config.llama_pro_blocks:
+def needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
+    """Whether some quantized tensors have modules in transformers only. STREAMING decodes them."""
+    if config.decode or config.strategy is LoadingStrategy.STREAMING or config.llama_pro_blocks:
         return False
     decoders = {r.decode for r in sources.tensors if r.decode is not None and not _is_ggml(r)}
     return any(not runs_here(decoder) for decoder in decoders)
@@ -194,35 +231,48 @@ def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device
     if config.max_memory is not None:
         options["max_memory"] = config.limits
     auto: Any = AutoModelForCausalLM
+    dtype = place_of(device).dtype(config.dtype, checkpoint)
     with BUILDING:
         return model_from(
-            auto, checkpoint.folder(READS_FOLDERS), dtype=config.dtype or "auto", device_map={"": device}, **options
+            auto, checkpoint.folder(READS_FOLDERS), dtype=dtype or "auto", device_map={"": device}, **options
         ).eval()
 
 
 def schemes_of(
-    checkpoint: Checkpoint, sources: Sources, skeleton: Skeleton, config: ModelLoadingConfig
+    checkpoint: Checkpoint,
+    sources: Sources,
+    skeleton: Skeleton,
+    config: ModelLoadingConfig,
+    added: frozenset[int] = frozenset(),
 ) -> dict[str, tuple[Scheme, bool]]:
     """Return, for each parameter that is held quantized, its scheme and whether it still has to be encoded.
+
+    `added`: numbers of blocks that stay plain, as they are to be trained.
 
     Raises:
         BadSpec: no modules are made here for the scheme, or it cannot take one of the tensors.
     """
     scheme = config.scheme
+
+    def takes_module(name: str) -> bool:
+        match = BLOCK.match(name)
+        is_added = match is not None and int(match["number"]) in added
+        return not is_added and _is_linear(skeleton.model, name)
+
     if scheme is None:
-        if config.decode or config.strategy is not LoadingStrategy.FULL:
+        if config.decode:
             return {}
         return {
             name: (parts[0].decode, False)  # type: ignore[misc]
             for name, parts in skeleton.parameters.items()
-            if parts[0].decode is not None and runs_here(parts[0].decode) and _is_linear(skeleton.model, name)
+            if parts[0].decode is not None and runs_here(parts[0].decode) and takes_module(name)
         }
     module_maker(scheme)
     chosen = {d.tensor.name for d in decide(sources.tensors, scheme, ()) if d.action == "quantize"}
     return {
         name: (scheme, True)
         for name, parts in skeleton.parameters.items()
-        if len(parts) == 1 and parts[0].name in chosen and _is_linear(skeleton.model, name)
+        if len(parts) == 1 and parts[0].name in chosen and takes_module(name)
     }
 
 
@@ -249,8 +299,34 @@ def _is_linear(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(".weight")
 
 
+def quantized_weights(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, tuple[Scheme, bool]],
+    compute_dtype: str | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Return what makes the module of each weight that is held quantized, by its name; `schemes` as of `schemes_of`."""
+    made = {}
+    for name, (scheme, is_new) in schemes.items():
+        [tensor] = skeleton.parameters[name]
+        encoding = encoding_of(checkpoint, tensor, scheme) if is_new else None
+        dtype = skeleton.model.get_parameter(name).dtype if compute_dtype is None else getattr(torch, compute_dtype)
+        made[name] = QuantizedWeight(scheme, tensor, encoding, dtype)
+    return made
+
+
+def encoding_of(checkpoint: Checkpoint, tensor: LogicalTensor, scheme: Scheme) -> Encoding:
+    """Return how a weight is encoded: from the dtype that the config says, whatever the file has."""
+    wanted = load_dtype(checkpoint.config)
+    return Encoding(tensor=tensor, action="quantize", scheme=scheme, cast=None if wanted == tensor.dtype else wanted)
+
+
 def fill_model(
-    skeleton: Skeleton, weights: ModelWeights, schemes: dict[str, tuple[Scheme, bool]], device_of: Any
+    skeleton: Skeleton,
+    weights: ModelWeights,
+    schemes: dict[str, tuple[Scheme, bool]],
+    device_of: Callable[[str], str],
+    compute_dtype: str | None = None,
 ) -> None:
     """Load the weights of every parameter, one after another.
 
@@ -262,14 +338,10 @@ def fill_model(
     """
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))
-    encodings = {
-        name: _encoding(weights, skeleton.parameters[name], s) for name, (s, is_new) in schemes.items() if is_new
-    }
-    plain = [name for name in skeleton.parameters if name not in schemes]
-    weights.expect({**dict.fromkeys([*plain, *schemes]), **encodings})
-    for name in skeleton.parameters:
-        if name in schemes:
-            continue
+    held = quantized_weights(skeleton, weights.checkpoint, schemes, compute_dtype)
+    plain = [name for name in skeleton.parameters if name not in held]
+    weights.expect({**dict.fromkeys(plain), **{name: each.encoding for name, each in held.items()}})
+    for name in plain:
         place, wanted = device_of(name), expected[name].dtype
         tensor = weights.mapped(name, wanted) if str(place) == "cpu" else None
         if tensor is None:
@@ -278,15 +350,9 @@ def fill_model(
         set_parameter(model, name, tensor)
     for name, original in skeleton.tied.items():
         set_parameter(model, name, model.get_parameter(original))
-    for name, (scheme, is_new) in schemes.items():
+    for name, each in held.items():
         path = name.rpartition(".")[0]
-        linear, [logical] = model.get_submodule(path), skeleton.parameters[name]
-        stored = weights.encoded(encodings[name]) if is_new else weights.stored(logical)
-        with BUILDING:
-            made = module_maker(scheme)(
-                scheme, logical.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
-            )
-        model.set_submodule(path, made.eval())
+        model.set_submodule(path, each.module(weights, model.get_submodule(path).bias, str(device_of(name))))
     for path, buffer in list(model.named_buffers()):
         if device_of(path) != "cpu":
             set_parameter(model, path, buffer.to(device_of(path)))
@@ -295,13 +361,8 @@ def fill_model(
         raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
-def _encoding(weights: ModelWeights, parts: Parts, scheme: Scheme) -> Encoding:
-    [logical], wanted = parts, load_dtype(weights.checkpoint.config)
-    cast = None if wanted == logical.dtype else wanted
-    return Encoding(tensor=logical, action="quantize", scheme=scheme, cast=cast)
-
-
-def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
+def set_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model the generation_config.json of its checkpoint, if there is one."""
     if checkpoint.source.find("generation_config.json") is not None:
         with small_files(checkpoint) as folder:
             model.generation_config = generation_config_from(folder)

@@ -7,6 +7,7 @@ core/quantize.py (HQQLinear.load_state_dict).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -14,11 +15,15 @@ import torch
 from torch import nn
 
 from loaders.errors import BadSpec
-from loaders.quantization.scheme import Decoder
+from loaders.models.skeleton import BUILDING, EmptyOnMeta
+from loaders.models.weights import ModelWeights, torch_dtype
+from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import SCALES, LlmInt8
 from loaders.quantization.schemes.hqq import PACKING, Hqq
-from loaders.specs import TensorSpec
+from loaders.specs import StoredSpec, TensorSpec, WeightSpec
+from loaders.tensors.encoding import Encoding
+from loaders.tensors.logical_tensor import LogicalTensor
 
 Stored = Mapping[str, torch.Tensor]
 OUTLIERS = 6.0  # transformers' default llm_int8_threshold: inputs beyond it are computed in float16
@@ -29,15 +34,26 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
     bitsandbytes: Any = import_module("bitsandbytes")
 
     rows, columns = spec.shape
-    made: Any = bitsandbytes.nn.Linear4bit(
-        columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=scheme.table,
-        compress_statistics=scheme.double_quant, device="meta",
-    )  # fmt: skip
+    sizes = {
+        "quant_type": scheme.table,
+        "compress_statistics": scheme.double_quant,
+        "quant_storage": stored["weight"].dtype,
+    }
+    with EmptyOnMeta():
+        made: Any = bitsandbytes.nn.Linear4bit(
+            columns, rows, bias=bias is not None, compute_dtype=dtype, device="meta", **sizes
+        )
+    made.bias = bias
+    if device == "meta":
+        # There is no quant_state on meta: bitsandbytes reads it from the bytes of its JSON, which are on rank 0.
+        made.weight = bitsandbytes.nn.Params4bit(
+            stored["weight"], requires_grad=False, blocksize=scheme.group_size, bnb_quantized=True, module=made, **sizes
+        )
+        return made  # type: ignore[no-any-return]
     statistics = {role.removeprefix("weight."): part.to(device) for role, part in stored.items() if role != "weight"}
     made.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         stored["weight"], quantized_stats=statistics, requires_grad=False, device=device, module=made
     )
-    made.bias = bias
     return made  # type: ignore[no-any-return]
 
 
@@ -46,9 +62,10 @@ def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
     bitsandbytes: Any = import_module("bitsandbytes")
 
     rows, columns = spec.shape
-    made: Any = bitsandbytes.nn.Linear8bitLt(
-        columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
-    )
+    with EmptyOnMeta():
+        made: Any = bitsandbytes.nn.Linear8bitLt(
+            columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
+        )
     codes, scales = stored["weight"].to(device), stored[SCALES].to(device)
     made.weight = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     made.bias = bias
@@ -70,7 +87,7 @@ def hqq_linear(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: 
             "axis": scheme.axis,
             "packing": PACKING[scheme.bits],
             "unpack_view_dtype": torch.int32 if scheme.bits == 3 else torch.uint8,
-            "view_as_float": False,
+            "view_as_float": stored["W_q"].is_floating_point(),
             "quant_scale": False,
             "quant_zero": False,
             "compute_dtype": dtype,
@@ -108,6 +125,45 @@ def module_maker(scheme: Decoder) -> Callable[..., nn.Module]:
 def runs_here(scheme: Decoder) -> bool:
     """Whether modules for the scheme can be made."""
     return isinstance(scheme, tuple(ENGINES))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight that an engine's module holds quantized.
+
+    encoding: how it is encoded, if the checkpoint has it plain. dtype: of the module's products.
+    """
+
+    scheme: Scheme
+    tensor: LogicalTensor
+    encoding: Encoding | None
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """The bytes that are stored of it, which the module holds."""
+        return sum(part.size for part in self._parts.values())
+
+    @property
+    def _parts(self) -> Mapping[str, StoredSpec | WeightSpec]:
+        return dict(self.tensor.stored) if self.encoding is None else self.encoding.stored
+
+    def module(self, weights: ModelWeights, bias: torch.Tensor | None, device: str) -> nn.Module:
+        """Read or encode the weight, and make the engine's module of it."""
+        stored = weights.stored(self.tensor) if self.encoding is None else weights.encoded(self.encoding)
+        return self._made(stored, bias, device)
+
+    def on_meta(self, bias: torch.Tensor | None) -> nn.Module:
+        """Make the engine's module with meta tensors: shapes and dtypes without values."""
+        stored = {
+            role: torch.empty(part.shape, dtype=torch_dtype(part.dtype), device="meta")
+            for role, part in self._parts.items()
+        }
+        return self._made(stored, bias, "meta")
+
+    def _made(self, stored: Stored, bias: torch.Tensor | None, device: str) -> nn.Module:
+        with BUILDING:
+            return module_maker(self.scheme)(self.scheme, self.tensor.spec, stored, bias, self.dtype, device).eval()
 
 
 def repacks_4bit(device: str) -> bool:

@@ -2,36 +2,79 @@
 
 Modules in a module list (decoder blocks) are loaded as a whole, others one by one. While one computes, the next are
 read within the budget, in the order of the last forward. Of an embedding, only the rows that are looked up are read.
-Quantized sources are decoded while they are read.
+
+Weights that are held quantized are read as they are stored, from the checkpoint or from the cache of encoded weights,
+and their layer has the engine's module during the forward. Others of a quantized source are decoded while they are
+read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from loaders.errors import BadSpec
+from loaders.models.quantized_modules import QuantizedWeight
 from loaders.models.skeleton import set_parameter
 from loaders.models.weights import ModelWeights
 
 MB = 1_000_000
-Held = dict[str, torch.Tensor]
+
+
+class StreamedLinear(nn.Module):
+    """The place of a quantized linear layer. Its engine's module is here during a forward alone."""
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, bias_name: str) -> None:
+        """Take the place of a layer with such a weight, and with a bias on meta or none."""
+        super().__init__()
+        self.out_features, self.in_features = weight.tensor.shape
+        self.size = weight.size + (0 if bias is None else bias.numel() * bias.element_size())
+        self.engine: nn.Module | None = None
+        self._weight = weight
+        self._bias = None if bias is None else (bias_name, bias.shape, bias.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Compute as the engine's module does."""
+        assert self.engine is not None
+        return self.engine(inputs)  # type: ignore[no-any-return]
+
+    def read(self, weights: ModelWeights, device: str) -> nn.Module:
+        """Make the engine's module."""
+        bias = None
+        if self._bias is not None:
+            name, shape, dtype = self._bias
+            bias = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            weights.fill(name, bias)
+        return self._weight.module(weights, bias, device)
+
+
+@dataclass
+class Held:
+    """What a group has in memory: tensors by their names in the model, and the modules of quantized layers by path."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The parameters of a module that are loaded and freed together: the meta tensors by their names in the model."""
+    """What is loaded and freed together for a module: meta tensors by their names in the model, and quantized layers
+    by their paths.
+    """
 
     path: str
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    layers: dict[str, StreamedLinear] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+        plain = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        return plain + sum(layer.size for layer in self.layers.values())
 
 
 class Streamer:
@@ -51,6 +94,11 @@ class Streamer:
         self._coming: dict[int, Future[Held]] = {}
         self._here: set[int] = set()
         self.peak_bytes = 0
+
+    @property
+    def largest_bytes(self) -> int:
+        """The bytes of the largest group."""
+        return max(group.size for group in self._groups)
 
     @property
     def held_bytes(self) -> int:
@@ -76,12 +124,16 @@ class Streamer:
         self._here.add(index)
         self._read_ahead(index)
         held = self._coming.pop(index).result()
-        for name, tensor in held.items():
+        for name, tensor in held.tensors.items():
             set_parameter(self._model, name, tensor)
+        for path, module in held.modules.items():
+            self._groups[index].layers[path].engine = module
 
     def leave(self, index: int) -> None:
         for name, parameter in self._groups[index].parameters.items():
             set_parameter(self._model, name, parameter)
+        for layer in self._groups[index].layers.values():
+            layer.engine = None
         self._here.discard(index)
 
     def _fetch(self, index: int) -> None:
@@ -89,11 +141,13 @@ class Streamer:
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def _load(self, index: int) -> Held:
-        made = {}
+        made = Held()
         for name, parameter in self._groups[index].parameters.items():
             tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
             self._weights.fill(self._sources[name], tensor)
-            made[name] = tensor
+            made.tensors[name] = tensor
+        for path, layer in self._groups[index].layers.items():
+            made.modules[path] = layer.read(self._weights, self._device)
         return made
 
     def _read_ahead(self, index: int) -> None:
@@ -113,15 +167,19 @@ class Streamer:
                 future.result()
 
 
-def stream(model: Any, weights: ModelWeights, device: str, budget_mb: float) -> Streamer:
+def stream(
+    model: Any, weights: ModelWeights, device: str, budget_mb: float, quantized: Mapping[str, QuantizedWeight]
+) -> Streamer:
     """Add streaming to a model on the meta device; its `Streamer` is also set as `model.streamer`.
+
+    `quantized`: the weights that are held quantized, by name.
 
     Raises:
         BadSpec: a single module needs more than the budget.
     """
     expected = dict(model.named_parameters(remove_duplicate=False))
     buffers = [name for name in weights.parameters if name not in expected]
-    groups, embeddings = _groups(model, expected)
+    groups, embeddings = _groups(model, expected, quantized)
     budget = int(budget_mb * MB)
     largest = max(groups, key=lambda group: group.size)
     if largest.size > budget:
@@ -140,6 +198,9 @@ def stream(model: Any, weights: ModelWeights, device: str, budget_mb: float) -> 
         set_parameter(model, name, made)
     for name, buffer in list(model.named_buffers()):
         set_parameter(model, name, buffer.to(device))
+    for group in groups:
+        for path, layer in group.layers.items():
+            model.set_submodule(path, layer)
     for index, group in enumerate(groups):
         module = model.get_submodule(group.path)
         module.register_forward_pre_hook(lambda m, args, i=index: streamer.enter(i))
@@ -152,21 +213,27 @@ def stream(model: Any, weights: ModelWeights, device: str, budget_mb: float) -> 
     return streamer
 
 
-def _groups(model: nn.Module, expected: dict[str, nn.Parameter]) -> tuple[list[Group], list[str]]:
+def _groups(
+    model: nn.Module, expected: Mapping[str, nn.Parameter], quantized: Mapping[str, QuantizedWeight]
+) -> tuple[list[Group], list[str]]:
     """Return the groups to stream, in the order of the modules, and the paths of embeddings, which are read by row."""
     listed = [f"{path}.{i}" for path, m in model.named_modules() if isinstance(m, nn.ModuleList) for i in range(len(m))]
     outer = [path for path in listed if not any(path.startswith(other + ".") for other in listed)]
-    found: dict[str, dict[str, nn.Parameter]] = {}
+    found: dict[str, Group] = {}
     embeddings = []
     for name, parameter in expected.items():
         path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         if type(module) is nn.Embedding and module.max_norm is None:
             embeddings.append(path)
             continue
         block = next((each for each in outer if name.startswith(each + ".")), path)
-        found.setdefault(block, {})[name] = parameter
-    return [Group(path, parameters) for path, parameters in found.items()], embeddings
+        group = found.setdefault(block, Group(block))
+        if f"{path}.weight" not in quantized:
+            group.parameters[name] = parameter
+        elif name == f"{path}.weight":
+            group.layers[path] = StreamedLinear(quantized[name], module.bias, f"{path}.bias")
+    return list(found.values()), embeddings
 
 
 def _look_up(module: Any, name: str, weights: ModelWeights, device: str) -> None:

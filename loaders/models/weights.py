@@ -7,7 +7,7 @@ gate, up... So the rows of a rank, or a few rows of an embedding, are ranges wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from loaders.backends.threads import RANGE, THREAD_BYTES, Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.errors import BadCheckpoint, StorageError
+from loaders.loading.cache import WeightCache
 from loaders.loading.resources import shared
 from loaders.quantization.kernels import casts
 from loaders.quantization.memory_parts import MemoryParts
@@ -191,13 +192,31 @@ class ModelWeights:
             for role, part in self._parts(encoding, stored).items()
         }
 
-    def _parts(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
-        cache = self._cache
-        if cache is None:
-            return self._made(encoding, stored)
+    def keep_encoded(self, encodings: Sequence[Encoding]) -> int:
+        """Encode tensors into the cache, but for those that it has; memory holds one encoded tensor at a time.
+
+        Returns:
+            How many were encoded.
+        """
+        assert self._cache is not None
+        there = {*self._cache.keys()}
+        left = [each for each in encodings if self._key(self._cache, each) not in there]
+        self.expect({each.tensor.name: each for each in left})
+        for each in left:
+            self._parts(each, each.stored)
+        self._uses = []
+        return len(left)
+
+    def _key(self, cache: WeightCache, encoding: Encoding) -> str:
         source, files = self.checkpoint.source, sorted({spec.file for _, spec in encoding.tensor.stored})
         content = [cache.content_of(source, file) for file in files]
-        key = text_digest(f"{CACHE_FORMAT} {content} {encoding!r}")
+        return text_digest(f"{CACHE_FORMAT} {content} {encoding!r}")
+
+    def _parts(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
+        cache, source = self._cache, self.checkpoint.source
+        if cache is None:
+            return self._made(encoding, stored)
+        key = self._key(cache, encoding)
         with cache.making(key):
             entry = cache.get(key)
             if entry is not None and set(entry.parts) == set(stored):

@@ -279,7 +279,6 @@ class Destination(Protocol):
 
     def forget_empty(self) -> None:
         """Remove a journal in which nothing is, as a kill at the end of `forget` leaves it; leave any other."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

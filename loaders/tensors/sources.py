@@ -15,6 +15,7 @@ from loaders.checkpoints import pipeline
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
+from loaders.errors import BadSpec
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.specs import WeightSpec
@@ -125,7 +126,10 @@ def _within(part: str, tensor: LogicalTensor) -> LogicalTensor:
 
 def _roles_of_gguf(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
     """Return tensors under a GGUF's own names with the roles of what transformers calls them, where it has them."""
-    architecture, family = architecture_of(checkpoint.config), checkpoint.family
+    try:
+        architecture, family = architecture_of(checkpoint.config), checkpoint.family
+    except BadSpec:  # a GGUF of any architecture is copied, and quantized again
+        return list(tensors)
     published = [architecture.hf_name(tensor.name) for tensor in tensors]
     return [
         tensor if name is None else replace(tensor, role=family.traits(name.format(0), tensor.shape).role)

@@ -30,6 +30,7 @@ CASES = [
     *((LoadingStrategy.FULL, quant) for quant in ("nf4", "int8", "hqq4")),
     (LoadingStrategy.LOW_MEMORY, "nf4"),
     (LoadingStrategy.UNIFIED_MEMORY, "nf4"),
+    (LoadingStrategy.STREAMING, "nf4"),
 ]
 
 

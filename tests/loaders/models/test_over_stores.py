@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import load_weights
+from loaders import configure, load_weights
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
+from loaders.loading import resources
 from loaders.places import ROOT
 from loaders.strategies.reading.segments import Segment, State
 from loaders.tensors.sources import tensors_of
@@ -37,6 +38,29 @@ def test_a_model_from_a_url_computes_the_same(quantize: str | None, place_of: Ca
         with torch.no_grad():
             logits.append(made(ids).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+def test_packed_weights_are_streamed_from_a_url(
+    is_output: bool, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache, into which they are encoded once, or as the store has them."""
+    monkeypatch.setattr(resources, "_SHARED", [])
+    cache = configure(workers=1, cache_folder=tmp_path / "cache").cache
+    model, ids = ROOT / "jobs" / "demo", torch.tensor([[3, 1, 4, 1, 5]])
+    if is_output:
+        assert weightmill("run", "model=demo", "quant=nf4", f"output.path={tmp_path / 'out'}").status == 0
+        model = tmp_path / "out"
+    settings = {} if is_output else {"quantize": "nf4"}
+    address = fill(place_of("shelf"), model, "model")
+    made, _ = load_model_and_tokenizer(address.text, "cpu", strategy="streaming", **settings)
+    assert len(cache.keys()) == (0 if is_output else 21)
+    with torch.no_grad():
+        wanted = load_model_and_tokenizer(model, "cpu", **settings)[0](ids).logits
+        for _ in range(2):
+            assert torch.equal(made(ids).logits, wanted)
+    assert 0 < made.streamer.peak_bytes < 1.6e6
+    made.streamer.close()
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "float32"}])
