@@ -1,4 +1,4 @@
-"""Benchmark kernels, loading, planning, jobs, sweeps, GPUs and quant=auto: python -m jobs.bench."""
+"""Benchmark kernels, loading, planning, jobs, sweeps, GPUs and quant=auto: weightmill bench."""
 
 from __future__ import annotations
 

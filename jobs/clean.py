@@ -1,4 +1,4 @@
-"""List the journals of interrupted jobs, and cached logits, and delete them if told to: python -m jobs.clean."""
+"""List the journals of interrupted jobs, and cached logits, and delete them if told to: weightmill clean."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ class CleanSpec(Spec):
 
 def act(spec: CleanSpec) -> Said:
     """Find what jobs left behind, and with `delete` remove what no process holds."""
+    from jobs.output.former_root import former_root
     from jobs.output.leftovers import find_leftovers, leftover_document, remove
     from jobs.report.leftovers import leftovers_text
 
     only = None if spec.output.path is None else Address.of(spec.output.path)
     place = only.parent if only is not None else Address.of(spec.output.root)
     found, places = find_leftovers(place, None if only is None else only.name), [place]
+    if only is None and place.is_local and (former := former_root(place.path)) is not None:
+        found, places = (*found, *find_leftovers(Address(str(former)))), [place, Address(str(former))]
     # A folder may be of outputs, too.
     if only is not None and only.is_local and open_store(only).absence() is None:
         found, places = (*found, *find_leftovers(only)), [only, place]

@@ -1,4 +1,4 @@
-"""Compare finished jobs: python -m jobs.compare sweep=last."""
+"""Compare finished jobs: weightmill compare sweep=last."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ VERB = Verb(
     examples=(
         ("", "the last sweep"),
         ("sweep=all tracking.experiment=NAME", "every run of an experiment"),
-        ("weightmill/demo-nf4 weightmill/demo-fp4", "these outputs, tracked or not; the same as runs=[...]"),
+        ("outputs/demo-nf4 outputs/demo-fp4", "these outputs, tracked or not; the same as runs=[...]"),
         ("sweep=all 'filter=metrics.`size/bits_per_weight` < 5'", "the small ones"),
         ("tracking.uri=http://HOST:5000", "on a server"),
     ),

@@ -1,4 +1,4 @@
-"""Compare two checkpoints tensor by tensor, quantized ones decoded: python -m jobs.diff A B."""
+"""Compare two checkpoints tensor by tensor, quantized ones decoded: weightmill diff A B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show what a checkpoint holds, from its headers: python -m jobs.inspect model.path=DIR."""
+"""Show what a checkpoint holds, from its headers: weightmill inspect model.path=DIR."""
 
 from __future__ import annotations
 

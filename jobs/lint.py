@@ -1,4 +1,4 @@
-"""Find what an engine will fail on in a checkpoint: python -m jobs.lint output.path=OUT."""
+"""Find what an engine will fail on in a checkpoint: weightmill lint output.path=OUT."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Show exactly what a job would do, without writing anything: python -m jobs.plan, with the overrides of jobs.run."""
+"""Show exactly what a job would do, without writing anything: weightmill plan, with run's settings."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -47,19 +47,23 @@ def act(spec: PlanSpec) -> Said:
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
     notes = [*already.notes_of(planned), *needs.notes_of(planned), *about]
     status = FAILED if answer.faults and spec.lint == "fail" else DONE
-    if spec.format == "json":  # only then is the document made, which of a large model is as large as its plan
-        document = plan.plan_document(job, planned.plan, planned.target, notes)
-        document["already"] = planned.done is not None
-        document["findings"] = [asdict(finding) for finding in answer.findings]
+
+    def document() -> dict[str, Any]:  # of a large model as large as its plan
+        made = plan.plan_document(job, planned.plan, planned.target, notes)
+        made["already"] = planned.done is not None
+        made["findings"] = [asdict(finding) for finding in answer.findings]
+        return made
+
+    if spec.format == "json":
         return Said(document, "", status)
     text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
     shown = [findings_text(answer.findings)] if answer.findings else []
-    return Said({"status": "planned"}, Group(*said, text, *shown), status)
+    return Said(document, Group(*said, text, *shown), status)
 
 
 VERB = Verb(
     name="plan",
-    summary="Say exactly what jobs.run would do with the same overrides; writes nothing.",
+    summary="Say exactly what run would do with the same settings; writes nothing.",
     spec=PlanSpec,
     act=act,
     located=located,

@@ -1,4 +1,4 @@
-"""Recommend a quantization that fits a memory: python -m jobs.recommend model.path=DIR backend.memory_gb=24."""
+"""Recommend a quantization that fits a memory: weightmill recommend model.path=DIR backend.memory_gb=24."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def act(spec: RecommendSpec) -> Said:
     if is_of_diffusers(checkpoint):
         raise BadSpec(
             f"model.path: {checkpoint.address} is of diffusers, and what is recommended here is for language"
-            " models; see python -m jobs.plan with quant=nf4, fp4 or int8"
+            " models; see weightmill plan with quant=nf4, fp4 or int8"
         )
     found = get_recommended_loader_config(
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens

@@ -1,4 +1,4 @@
-"""Run a job: python -m jobs.run [key=value ...]."""
+"""Run a job: weightmill run [key=value ...]."""
 
 from __future__ import annotations
 

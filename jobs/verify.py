@@ -1,4 +1,4 @@
-"""Verify an output again, later: python -m jobs.verify output.path=OUT [model.path=DIR]."""
+"""Verify an output again, later: weightmill verify output.path=OUT [model.path=DIR]."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         BadCheckpoint,
         BadSpec,
         MissingFile,
+        Problem,
         StorageError,
         TransientIOError,
         VerifyFailed,
@@ -31,15 +32,18 @@ if TYPE_CHECKING:
     )
     from loaders.loading.config import LoadConfig, WeightLoaderConfig, create_aggressive_config
     from loaders.loading.load import clear_cache, load_and_quantize, load_weights
+    from loaders.loading.quantize import quantize
     from loaders.loading.quantized_tensor import QuantizedTensor
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
+    from loaders.loading.save import save
     from loaders.loading.statistics import Statistics
     from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
     from loaders.models.loading import load_model_and_tokenizer
     from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
     from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
     from loaders.presets.catalog import preset, preset_names
+    from loaders.progress import Progress
     from loaders.specs import WeightSpec
     from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats
     from loaders.storage.atomic import AtomicWriter, atomic_writer, file_lock, get_file_lock_path
@@ -93,6 +97,8 @@ __all__ = [
     "ModelLoaderFactory",
     "ModelLoadingConfig",
     "MultiThreadWeightLoader",
+    "Problem",
+    "Progress",
     "QuantizationConfig",
     "QuantizationMethod",
     "QuantizedModelLoader",
@@ -138,8 +144,10 @@ __all__ = [
     "preset",
     "preset_names",
     "pt_weights_iterator",
+    "quantize",
     "runai_safetensors_weights_iterator",
     "safetensors_weights_iterator",
+    "save",
     "validate_weight_shapes",
     "validate_weight_shapes_rust",
 ]
@@ -148,7 +156,7 @@ _PLACES = {
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "checkpoints.detect": ("WeightFormat", "detect_weight_format"),
     "errors": (
-        "BadCheckpoint", "BadSpec", "MissingFile", "StorageError", "TransientIOError", "VerifyFailed",
+        "BadCheckpoint", "BadSpec", "MissingFile", "Problem", "StorageError", "TransientIOError", "VerifyFailed",
         "WeightmillError",
     ),
     "loading.cache": ("WeightCache",),
@@ -159,9 +167,11 @@ _PLACES = {
     "loading.checkpoint_loader": ("CheckpointLoader",),
     "loading.config": ("LoadConfig", "WeightLoaderConfig", "create_aggressive_config"),
     "loading.load": ("clear_cache", "load_and_quantize", "load_weights"),
+    "loading.quantize": ("quantize",),
     "loading.quantized_tensor": ("QuantizedTensor",),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
+    "loading.save": ("save",),
     "loading.statistics": ("Statistics",),
     "models": (
         "Backend",
@@ -176,6 +186,7 @@ _PLACES = {
         "load_model_and_tokenizer",
     ),
     "presets.catalog": ("preset", "preset_names"),
+    "progress": ("Progress",),
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
     "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
@@ -188,10 +199,12 @@ _PLACES = {
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'loaders' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"loaders.{_PLACE_OF.get(name, 'strategies')}"), name)
+if not TYPE_CHECKING:  # a checker would believe any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'loaders' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"loaders.{_PLACE_OF.get(name, 'strategies')}"), name)
 
 
 def __dir__() -> list[str]:

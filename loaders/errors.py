@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-_NAMES: dict[str, str] = {}
+_NAMES: list[Mapping[str, str]] = []  # of the blocks that are open now, in all threads; the last one counts
 
 
 def setting(name: str) -> str:
     """What a setting is called in a message: by the library's name, or as the program says that runs it."""
-    return _NAMES.get(name, name)
+    return next((names[name] for names in reversed(_NAMES) if name in names), name)
 
 
 @contextmanager
@@ -24,17 +26,100 @@ def settings_called(names: Mapping[str, str]) -> Iterator[None]:
 
     A program whose users know settings by other names, such as keys of a config file, says so here.
     """
-    before = dict(_NAMES)
-    _NAMES.update(names)
+    _NAMES.append(names)
     try:
         yield
     finally:
-        _NAMES.clear()
-        _NAMES.update(before)
+        _NAMES.remove(names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, as its `text` says it: "WHERE: expected A, found B; what to do".
+
+    where: the setting, file or tensor. what: the text without that and without the hint. expected, found: of the
+    value. hint: what to do. None for what the text does not say.
+    """
+
+    text: str
+    where: str | None
+    what: str
+    expected: str | None
+    found: str | None
+    hint: str | None
+
+    @staticmethod
+    def of(text: str) -> Problem:
+        """Take a message apart."""
+        said, *rest = _parts(text, "; ")
+        lead, colon, after = _cut(said, ": ")
+        where = _PLACE.fullmatch(lead) if colon else None
+        what = after if where else said
+        # What was found may stand at the end, after what to do.
+        ends = [part for part in rest if part.startswith("found ")]
+        expected, found = _EXPECTED.search(what), _FOUND.search("; ".join([what, *ends]))
+        hint = "; ".join(part for part in rest if part not in ends)
+        return Problem(
+            text=text, where=where[1] if where else None, what=what, expected=expected[1] if expected else None,
+            found=found[1] if found else None, hint=hint or None,
+        )  # fmt: skip
+
+
+# A setting, a file or settings of a job; "making PATH", where a file could not be made.
+_PLACE = re.compile(r"(?:\w+ing (?=\S*/))?(\S+|/.*|(?:[\w.]+=\S+ ?)+)")
+_EXPECTED = re.compile(r"\bexpected (.+?)(?:,? (?:but )?found\b|$)", re.DOTALL)
+_FOUND = re.compile(r"\bfound (.+)$", re.DOTALL)
+
+
+def _cut(text: str, mark: str) -> tuple[str, str, str]:
+    """Cut a text at the first mark that is in no parentheses and no quotes."""
+    depth, quote = 0, ""
+    for at, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in '"`' or (letter == "'" and (at == 0 or not text[at - 1].isalnum())):
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif depth <= 0 and text.startswith(mark, at):
+            return text[:at], mark, text[at + len(mark) :]
+    return text, "", ""
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    first, found, rest = _cut(text, mark)
+    return [first, *_parts(rest, mark)] if found else [first]
 
 
 class WeightmillError(Exception):
-    """The base of all errors that are not bugs in weightmill."""
+    """The base of all errors that are not bugs in weightmill. `details` are the parts of what the text says."""
+
+    @property
+    def details(self) -> tuple[Problem, ...]:
+        """Everything that is wrong, one by one."""
+        return tuple(Problem.of(line) for line in str(self).splitlines() if line.strip())
+
+    @property
+    def where(self) -> str | None:
+        """The setting, file or tensor of the first thing that is wrong; None if the text does not say it."""
+        return self.details[0].where if self.details else None
+
+    @property
+    def expected(self) -> str | None:
+        """What was expected there."""
+        return self.details[0].expected if self.details else None
+
+    @property
+    def found(self) -> str | None:
+        """What was found there."""
+        return self.details[0].found if self.details else None
+
+    @property
+    def hint(self) -> str | None:
+        """What to do about it."""
+        return self.details[0].hint if self.details else None
 
 
 class BadSpec(WeightmillError):
@@ -47,6 +132,14 @@ class BadSpec(WeightmillError):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         self.remedy = remedy
         super().__init__("\n".join([*self.problems, *([remedy] if remedy else [])]))
+
+    @property
+    def details(self) -> tuple[Problem, ...]:
+        return tuple(Problem.of(problem) for problem in self.problems)
+
+    @property
+    def hint(self) -> str | None:
+        return super().hint or self.remedy or None
 
     def __reduce__(self) -> tuple[type[BadSpec], tuple[tuple[str, ...], str]]:
         # By default an exception is unpickled from its `args`, here the joined text, which would lose the separate

@@ -6,7 +6,7 @@
     python -m tests.judge --readme                and write README's table
     python -m tests.judge --whole                 with all experts of large mixtures, of which else eight are judged
 
-What judges a plan is what `jobs.run` asks before it writes (loaders/lint/engines). No weight is read: a layout is a
+A plan is judged by what `weightmill run` asks before it writes (loaders/lint/engines). No weight is read: a layout is a
 JSON document (see tests/header_checkpoints.py), and a new one is judged as soon as it lies in tests/headers. Types in
 a GGUF are judged by llama.cpp's own dry run, if llama_cpp is installed; its names always. The exit status is 1 if
 anything is wrong. On two cores all of it takes some minutes.

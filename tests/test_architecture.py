@@ -16,7 +16,9 @@ from loaders.places import ROOT
 
 pytestmark = pytest.mark.quick
 
-FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglob("*.py") if "demo/" not in str(p))
+FILES = sorted(
+    p for folder in ("jobs", "loaders", "weightmill") for p in (ROOT / folder).rglob("*.py") if "demo/" not in str(p)
+)
 
 # The layers from top to bottom. A module may import from its own folder and from the lines below. A word is a folder,
 # or a file at the top of `jobs` or `loaders`.
@@ -41,7 +43,7 @@ tensors
 strategies
 checkpoints backends
 architectures containers quantization
-specs stats clock
+specs stats clock progress
 storage dtypes
 patterns
 limits faults
@@ -94,7 +96,7 @@ def layer_of(module: str) -> int | None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     module = module_of(path)
-    if module in ("jobs", "loaders"):
+    if module in ("jobs", "loaders") or path.parent.name == "weightmill":
         return
     here = layer_of(module)
     assert here is not None, f"{path} belongs to no layer: name its folder, or its file, in JOBS or LOADERS above"
@@ -112,6 +114,12 @@ def test_a_library_enters_by_few_files(library: str) -> None:
         if any(name == library or name.startswith(library + ".") for name in imports_of(path))
     ]
     assert using == ENTER_BY[library]
+
+
+def test_the_package_is_on_top_of_all_others() -> None:
+    for path in FILES:
+        if path.parent.name != "weightmill":
+            assert not {n for n in imports_of(path) if n.split(".")[0] == "weightmill"}, path
 
 
 def test_the_library_knows_nothing_of_jobs() -> None:
@@ -214,6 +222,7 @@ OPENS_PATHS = {
     "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
+    "jobs/output/former_root.py": "the folder of outputs that earlier versions made",
     "jobs/orchestration/compare.py": "a comparison, written for a person",
     "jobs/orchestration/sweep.py": "a sweep's page, written for a person",
     "jobs/report/command.py": "conf/",

@@ -1,1 +1,1 @@
-"""The benchmarks of `jobs.bench`: one file for each kind, and their shared timing and tables."""
+"""The benchmarks of `weightmill bench`: one file for each kind, and their shared timing and tables."""

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench load`: loading weights into tensors and models, compared with safetensors and transformers.
+"""`weightmill bench load`: loading weights into tensors and models, compared with safetensors and transformers.
 
 Every loaded byte is summed, so that a memory map is not credited for bytes that it did not read. The time runs from the
 files in the page cache to weights whose every byte was read; importing libraries is not part of it.

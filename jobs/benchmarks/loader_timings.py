@@ -1,4 +1,4 @@
-"""`python -m jobs.bench loaders`: every strategy on the user's own storage, cold and warm, compared with plain reads.
+"""`weightmill bench loaders`: every strategy on the user's own storage, cold and warm, compared with plain reads.
 
 Every lap runs every case once, each lap in another order, so that other load of the machine, and what a case leaves to
 the next, affects all alike. Every byte is summed, so that a memory map is not credited for bytes that it did not read.

@@ -1,4 +1,4 @@
-"""The output of `python -m jobs.bench loaders`: a table, a plot and MLflow runs."""
+"""The output of `weightmill bench loaders`: a table, a plot and MLflow runs."""
 
 from __future__ import annotations
 

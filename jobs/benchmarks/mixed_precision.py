@@ -1,4 +1,4 @@
-"""`python -m jobs.bench budget`: mixes of quant=auto compared with uniform schemes and the engine's own mixes by size.
+"""`weightmill bench budget`: mixes of quant=auto compared with uniform schemes and the engine's own mixes by size.
 
 Outputs are compared by the KL divergence of their logits and by perplexity on a held-out text, which is not what
 quant=auto minimizes. Outputs run decoded in transformers, which is fast, as engines' CPU kernels are not; with

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# The functions of `jobs.plan` that make its phases: the phase, the module that calls the function, its name there.
+# The functions of `weightmill plan` that make its phases: the phase, the module that calls it, its name there.
 PHASES = (
     ("open the headers", "jobs.orchestration.preflight", "open_checkpoint"),
     ("tensors and their families", "jobs.planning.build", "tensors_of"),
@@ -67,7 +67,7 @@ class PhaseClock:
 
 
 def main(file: str, *overrides: str) -> int:
-    """Plan, and write the phases to the file; returns the exit status of `jobs.plan`."""
+    """Plan, and write the phases to the file; returns the exit status of `weightmill plan`."""
     from jobs.orchestration import preflight
 
     clock = PhaseClock()

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench plan`: planning large models, each plan in a fresh process, by phases and peak memory."""
+"""`weightmill bench plan`: planning large models, each plan in a fresh process, by phases and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench stores`: a job whose source comes by HTTP at a limited rate, beside plain reads of the same
+"""`weightmill bench stores`: a job whose source comes by HTTP at a limited rate, beside plain reads of the same
 ranges; and what planning a checkpoint of hundreds of gigabytes fetches of it.
 """
 

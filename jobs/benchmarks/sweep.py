@@ -1,4 +1,4 @@
-"""`python -m jobs.bench sweep`: a sweep compared with its jobs run one by one.
+"""`weightmill bench sweep`: a sweep compared with its jobs run one by one.
 
 The source is dropped from the page cache before each case, so that every byte comes from the disk again. With a rate,
 the disk is slow, so that reading takes most of the time. Each case is a process of its own, because the kernel counts

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from jobs.cli.choices import fault_of
 from jobs.cli.instead import instead
 from jobs.cli.literals import quoted, verbatim
 from jobs.cli.meant import Keys, bare_problem, choice_problem, option_problem
+from jobs.cli.program import program
 from jobs.cli.rules_file import rules_of
 from jobs.cli.validation import check, fields_of, path_keys
 from loaders.errors import BadSpec
@@ -198,7 +200,7 @@ def _choice(override: str, group: str, value: str, verb: str, request: Request) 
         if chosen in files and (wrong := fault_of(files[chosen], group, choices)) is not None:
             return "", wrong
     if (listed != value or "," in value) and not request.is_sweep:
-        hint = f"; a sweep takes several: python -m jobs.run -m {group}={listed}" if verb == "run" else ""
+        hint = f"; a sweep takes several: {program()} run -m {group}={listed}" if verb == "run" else ""
         return "", f"{group}: expected one choice, found {value}{hint}"
     return override, None
 
@@ -230,21 +232,14 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     Raises:
         BadSpec: the request is wrong; all faults at once.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    # Hydra refuses a second initialization in one process, as in tests and `bench`.
-    GlobalHydra.instance().clear()
-    register_launcher()
     problems = list(request.problems)
     try:
         values = [word for word in request.overrides if _is_value_of_a_group(verb, word)]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            overrides = [word for word in request.overrides if word not in values]
-            config = hydra_compose(verb, overrides=overrides, return_hydra_config=True)
+        with composer() as composed:
+            config = composed(verb, [word for word in request.overrides if word not in values])
         for word in values:
             _set(config, word)
         problems += _sweep_left_out(config, request)
@@ -254,6 +249,25 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
         return check(spec, values, problems, _note)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, said_by_hydra(error)]) from error
+
+
+@contextmanager
+def composer() -> Iterator[Callable[[str, list[str]], Any]]:
+    """Yield a function that composes a config of conf/ with overrides, with what Hydra adds about itself.
+
+    Hydra knows one initialization in a process, which may be another program's: that is as it was, afterwards.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    others, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    register_launcher()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield lambda verb, overrides: hydra_compose(verb, overrides=overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = others
 
 
 def _note(text: str) -> None:
@@ -285,9 +299,7 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
     swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
     if not swept:
         return []
-    return [
-        f"experiment: it is a sweep over {', '.join(swept)}: python -m jobs.run -m ... runs it; or give each a value"
-    ]
+    return [f"experiment: it is a sweep over {', '.join(swept)}: {program()} run -m ... runs it; or give each a value"]
 
 
 def plain(config: Any) -> Any:

@@ -20,6 +20,20 @@ LIMITS = (
 )  # fmt: skip
 
 
+_is_program = False
+
+
+def is_program() -> bool:
+    """Whether this process is weightmill's own, with its handlers of signals: it runs a verb as a program, or units."""
+    return _is_program
+
+
+def be_program() -> None:
+    """Say that this process is weightmill's own."""
+    global _is_program  # noqa: PLW0603  # of the process, as its handlers of signals are
+    _is_program = True
+
+
 def watch() -> None:
     """Watch over the imports that follow."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -31,6 +45,7 @@ def watch() -> None:
 
 def imported() -> None:
     """Give interrupts back to Python once a verb begins: it raises KeyboardInterrupt, so that `finally` blocks run."""
+    be_program()
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

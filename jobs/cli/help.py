@@ -130,13 +130,18 @@ def setting_lines(verb: Described, name: str) -> list[str]:
 def _head(verb: Described) -> list[str]:
     usage = " ".join(
         [
-            "python -m jobs." + verb.name,
+            "weightmill " + verb.name,
             *(f"[{name.rpartition('.')[2].upper()}]" for name in verb.positional),
             "[key=value ...]",
         ]
     )
     sweeps = "   (-m sweeps over comma lists)" if verb.can_sweep else ""
-    return [*textwrap.wrap(verb.summary, WIDTH), "", f"usage: {usage}", f"       weightmill {verb.name} ...{sweeps}"]
+    return [
+        *textwrap.wrap(verb.summary, WIDTH),
+        "",
+        f"usage: {usage}",
+        f"       or python -m jobs.{verb.name} ...{sweeps}",
+    ]
 
 
 def _examples(verb: Described) -> list[str]:

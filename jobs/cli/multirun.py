@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.compose import Request, plain, register_launcher, said_by_hydra
+from jobs.cli.compose import Request, composer, plain, register_launcher, said_by_hydra
 from jobs.cli.sweep_folders import SweepFolders
 from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
@@ -103,6 +103,55 @@ def sweep(verb: str, request: Request, together: Together) -> None:
             raise BadSpec(said_by_hydra(error)) from error
         finally:
             folders.end()
+
+
+def product(verb: str, request: Request, together: Together) -> None:
+    """Compose the jobs of all combinations as `sweep` does, without Hydra's own program around it.
+
+    That reads the command line, and so is for a process that has one of ours.
+
+    Raises:
+        BadSpec: Hydra cannot compose the jobs.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if request.problems:
+        raise BadSpec(request.problems)
+    try:
+        with composer() as composed:
+            fixed = [each for each in request.overrides if each.lstrip("+").partition("=")[0] not in request.swept]
+            about = composed(verb, fixed).hydra
+            overrides = [*request.overrides, *_own_params(request, about)]
+            [batch] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+            keys = varied(request, about)
+            jobs = [
+                Composed(number, plain(composed(verb, list(mine))), dict(_pairs(mine, keys)))
+                for number, mine in enumerate(batch, 1)
+            ]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadSpec(said_by_hydra(error)) from error
+    together(jobs, False)
+
+
+def sweeps_itself(verb: str, request: Request) -> bool:
+    """Whether a request for one job takes an experiment that describes a sweep, over keys that are not given."""
+    with composer() as composed:
+        return bool(_own_params(request, composed(verb, request.overrides).hydra))
+
+
+def _own_params(request: Request, hydra_config: Any) -> list[str]:
+    """Return what an experiment sweeps over beside what is given, as overrides."""
+    given = {override.lstrip("+").partition("=")[0] for override in request.overrides}
+    params = {key.lstrip("+"): value for key, value in (hydra_config.sweeper.get("params") or {}).items()}
+    return [f"{key}={value}" for key, value in params.items() if key not in given]
+
+
+def _pairs(overrides: Sequence[str], keys: Collection[str]) -> Iterator[tuple[str, str]]:
+    parsed = (override.lstrip("+").partition("=") for override in overrides)
+    return ((key, value) for key, _, value in parsed if key in keys)
 
 
 @contextmanager

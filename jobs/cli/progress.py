@@ -1,4 +1,7 @@
-"""Progress by bytes or tokens on standard error: a bar on a terminal, elsewhere a line from time to time."""
+"""Progress by bytes or tokens on standard error: a bar on a terminal, elsewhere a line from time to time.
+
+A program that runs the job in its own process is told instead: see `listening`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from jobs.cli.console import console
+from jobs.cli.listening import LISTENER
+from loaders.progress import Progress as Told
 from loaders.storage.traffic import moved_bytes
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 # runs; later ones rarely, so that a log of hours stays short.
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
+TOLD_S = 0.1  # seconds between two calls of a program's function: it sees every unit's end, and costs nothing
 
 
 class Meter:
@@ -41,7 +47,10 @@ class Meter:
         self._exit = ExitStack()
         self._lock = threading.Lock()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        self._listener = LISTENER.get()
+        self._thread, self._last, self._told = threading.get_ident(), "", 0.0
+        self.raised: BaseException | None = None  # by the program's function, in a thread of the work
+        if self.is_shown and sys.stderr.isatty():
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,
@@ -73,15 +82,22 @@ class Meter:
             self._bar.start()
         return self
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is printed."""
+        return self._listener is None or self._listener.shows_progress
+
     def _compiling(self) -> None:
         """Announce compilation once. Its time is no measure of the rest, so that estimates wait until it is over."""
         is_first, self._compiled = self._compiled is None, time.monotonic()
         if is_first:
             from loaders.quantization.kernels.kept import kept_how
 
-            print(
-                f"compiling kernels for this machine, which are {kept_how()}: some seconds", file=sys.stderr, flush=True
-            )
+            said = f"compiling kernels for this machine, which are {kept_how()}: some seconds"
+            if self._listener is not None:
+                self._listener.note(said)
+            if self.is_shown:
+                print(said, file=sys.stderr, flush=True)
 
     def add(self, count: int) -> None:
         """Add to the count; `count` is negative if an attempt failed and starts again."""
@@ -91,12 +107,39 @@ class Meter:
                 self._also(count)
             if self._bar:
                 self._bar.update(self._task, completed=self._done, total=max(self._total, self._done))
-                return
             now = time.monotonic()
+            if self._done >= self._total or now - self._told >= TOLD_S:
+                self._tell(now)
+            if self._bar or not self.is_shown:
+                return
             pause = FIRST_LINE_S if self._said == self._began else LINE_S
             if now - self._said >= pause:
                 self._said = now
                 self._line(now)
+
+    def finished(self, last: str) -> None:
+        """Tell a program that a unit of the work is finished."""
+        with self._lock:
+            self._last = last
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        """Call the program's function. What it raises ends the work: at once, or from the thread that began it."""
+        if self._listener is None or self._listener.on_progress is None or self.raised is not None:
+            return
+        self._told = now
+        try:
+            self._listener.on_progress(
+                Told(
+                    doing=self._what, done=self._done, total=self._total, counted=self._unit, last=self._last,
+                    seconds=now - self._began,
+                )
+            )  # fmt: skip
+        # Whatever it is: a unit that fails by it would be tried again, and its files called bad.
+        except BaseException as error:
+            if threading.get_ident() == self._thread:
+                raise
+            self.raised = error
 
     @property
     def moved(self) -> str:

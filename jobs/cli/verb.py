@@ -19,6 +19,7 @@ from jobs.cli.compose import FLAGS, Request, compose, take_apart
 from jobs.cli.console import ALL_COLUMNS, console, patient_streams
 from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
+from jobs.cli.listening import LISTENER
 from jobs.cli.literals import literal, verbatim
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
@@ -39,13 +40,15 @@ S = TypeVar("S", bound=BaseModel)
 class Said:
     """The result of a verb: a document for programs, a text for people, and the exit status.
 
-    `made` is the document, or makes it if it is asked for, where it is large.
+    `made` is the document, or makes it if it is asked for, where it is large. `value` is what the verb made, for a
+    program in this process.
     """
 
     made: dict[str, Any] | Callable[[], dict[str, Any]]
     text: RenderableType
     status: int = DONE
     then: Callable[[], None] = lambda: None  # called last, after the result was printed
+    value: Any = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -142,12 +145,19 @@ class Verb(Generic[S]):
             return self._sweep(request, as_json)
         # Libraries print to standard output, which must hold nothing but the document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            spec = compose(self.config or self.name, self.spec, request)
-            have_temporary_folder(spec)
-            reach_stores(spec)
-            spec = self.located(spec, note)
-            said = self.act(spec)
+            said = self.answer(request)
         return say(said, as_json)
+
+    def answer(self, request: Request) -> Said:
+        """Compose a request and act on it; nothing of the result is printed.
+
+        Raises:
+            WeightmillError: the request is wrong, or what it asks for failed.
+        """
+        spec = compose(self.config or self.name, self.spec, request)
+        have_temporary_folder(spec)
+        reach_stores(spec)
+        return self.act(self.located(spec, note))
 
     def _sweep(self, request: Request, as_json: bool) -> int:
         if self.sweep is None:
@@ -167,9 +177,15 @@ def reach_stores(spec: BaseModel) -> None:
 
 
 def note(text: str) -> None:
-    """Print a note for the user on standard error; on a terminal its lines end between words."""
-    to = console(sys.stderr)
+    """Print a note for the user on standard error; on a terminal its lines end between words.
+
+    A program that runs the job in this process gets it instead.
+    """
     text = in_a_line(without_secrets(text))
+    if (listener := LISTENER.get()) is not None:
+        listener.note(text)
+        return
+    to = console(sys.stderr)
     if to.is_terminal:
         style: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
         text = "\n".join(wrap(text, to.width, **style))
@@ -178,7 +194,8 @@ def note(text: str) -> None:
 
 def show(text: RenderableType) -> None:
     """Print something for people on standard error; standard output is only for the result."""
-    console(sys.stderr).print(text)
+    if LISTENER.get() is None:
+        console(sys.stderr).print(text)
 
 
 def say(said: Said, as_json: bool) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jobs.cli.early import be_program
 from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed, attempt
 from jobs.execution.own_ray import OwnRay
@@ -178,13 +179,16 @@ def _start(spec: ClusterSpec, address: str | None, own: OwnRay | None) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    stops = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if own is None:
         _join(ray, options, str(address), ship_code=spec.ship_code)
     else:
         _start_own(ray, options, own)
-    # Ray replaces the handler by one that ends the process at once, so that part files would stay.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ray replaces the handler by one that ends the process at once, so that part files would stay. Python does not see
+    # that, and has handlers of signals set in the main thread alone, as Ray does.
+    if stops is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stops)
     return ray
 
 
@@ -250,6 +254,7 @@ def run_remotely(task: Task[Any], settings: StoreSettings) -> Iterator[tuple[str
     """
     import ray
 
+    be_program()
     use(settings)
     yield "node", ray.get_runtime_context().get_node_id()
     stop, done = threading.Event(), threading.Event()

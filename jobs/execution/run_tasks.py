@@ -20,12 +20,17 @@ def run_tasks(
 
     Raises:
         BadSpec: a task can never run on this cluster.
+        Whatever a program's progress function raises.
     """
     if not tasks:
         return
     cluster.check(tasks)
     with Meter(doing, work_bytes, also=also) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
-        yield from outcomes
+        for outcome in outcomes:
+            meter.finished(outcome.unit)
+            if meter.raised is not None:
+                raise meter.raised
+            yield outcome
 
 
 def run_all(cluster: Cluster, tasks: Sequence[Task[R_co]], doing: str, work_bytes: int) -> Generator[R_co]:

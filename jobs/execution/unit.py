@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from jobs.cli.early import is_program
 from jobs.execution.cluster import reach_source
 from jobs.execution.part_files import PartFiles
 from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
@@ -148,7 +149,8 @@ def run_unit(
     attempt = uuid.uuid4().hex[:12]
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
-    end_by_name()
+    if is_program():
+        end_by_name()
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,

@@ -186,7 +186,7 @@ def prior(tensor: LogicalTensor, *, is_tied: bool) -> float:
     numbers were measured on the demo model and rounded. On another model on which they were not tuned (Qwen3, another
     text), the KL divergence of mixes weighted by them is 0.84 (MLX) and 0.86 (GGUF) times that of a uniform scheme of
     the same size; with a calibration it is 0.76 and 0.77 times. Without the table, by relative errors and sizes alone,
-    mixes were worse than a uniform scheme: 1.0 to 1.3 times. `jobs.bench budget` measures these ratios.
+    mixes were worse than a uniform scheme: 1.0 to 1.3 times. `weightmill bench budget` measures these ratios.
     """
     if tensor.role == "head" or (tensor.role == "embedding" and is_tied):
         return HEAD_PRIOR

@@ -330,7 +330,7 @@ def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
     candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
     size = tables.size(sum(tensor.source_bytes for tensor in tensors))
     return (
-        f"jobs.run will measure {len(tensors)} tensors, {size}, in {counted(len(missing), 'unit')}, each under"
+        f"run will measure {len(tensors)} tensors, {size}, in {counted(len(missing), 'unit')}, each under"
         f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"
-        "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix"
+        "what was measured stays: another budget measures nothing again, and plan then shows its mix"
     )

@@ -120,4 +120,4 @@ def said(planned: Planned, report: Report, registered: str | None) -> Said:
         Text(f"output: {output}", style="bold green"),
         *registered_lines(registered),
     ]
-    return Said(document, Group(*shown, *lines))
+    return Said(document, Group(*shown, *lines), value=report)

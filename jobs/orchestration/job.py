@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.unit import Share
 from jobs.orchestration.needs import notes_of
@@ -312,7 +313,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
+            f" {program()} clean {shlex.quote(str(self.planned.journal.output))} delete=true forgets them"
         )
 
 
@@ -383,4 +384,4 @@ def _said(planned: Planned, report: Report, address: str | None, registered: str
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))
     text = Group(result.result_text(report), *shown, *lines, *loading)
-    return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove)
+    return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove, value=report)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jobs.cli.compose import Request
 from jobs.cli.multirun import Composed
+from jobs.cli.program import program
 from loaders.errors import BadSpec
 
 Combination = Mapping[str, str]
@@ -92,4 +93,4 @@ def command(grid: Grid, request: Request, without: str | None = None) -> str:
     fixed = [word for word, key in keys.items() if key not in request.swept and key != without]
     many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []
     inherited = ["~hydra.sweeper.params"] if many and any(key not in request.swept for key in grid) else []
-    return " ".join(["python -m jobs.run", *map(shlex.quote, [*many, *fixed, *inherited, *words(grid)])])
+    return " ".join([program(), "run", *map(shlex.quote, [*many, *fixed, *inherited, *words(grid)])])

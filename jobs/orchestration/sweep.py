@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict
@@ -22,7 +22,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jobs.cli.compose import Request
-from jobs.cli.multirun import Composed, sweep
+from jobs.cli.multirun import Composed, Together, sweep
+from jobs.cli.program import program
 from jobs.cli.validation import check
 from jobs.cli.verb import DONE, FAILED, WRONG, Said, note
 from jobs.orchestration import already
@@ -37,6 +38,7 @@ from jobs.report.comparisons import Comparisons
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics, quality_metrics
 from jobs.report.sweep_page import make_sweep_page
+from jobs.spec.base import OUTPUTS
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import facts, run_key, source_of, sweep_tags
 from jobs.tracking.pages import compare_page
@@ -55,8 +57,8 @@ from loaders.words import counted, in_a_line
 UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
 
 
-def run_sweep(config: str, request: Request) -> Said:
-    """Run a sweep through Hydra.
+def run_sweep(config: str, request: Request, compose_all: Callable[[str, Request, Together], None] = sweep) -> Said:
+    """Run a sweep, by default through Hydra.
 
     Raises:
         BadSpec: some combinations cannot be run; nothing was started.
@@ -64,15 +66,17 @@ def run_sweep(config: str, request: Request) -> Said:
     """
     under_way = Sweep(request)
     try:
-        _run(under_way, config, request)
+        _run(under_way, config, request, compose_all)
         return under_way.said()
     finally:
         under_way.close()
 
 
-def _run(under_way: Sweep, config: str, request: Request) -> None:
+def _run(
+    under_way: Sweep, config: str, request: Request, compose_all: Callable[[str, Request, Together], None]
+) -> None:
     try:
-        sweep(config, request, under_way.together)
+        compose_all(config, request, under_way.together)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{str(error) or 'interrupted'}: {under_way.state}; the same command goes on") from None
     except WeightmillError as error:
@@ -279,7 +283,8 @@ class Sweep:
             "compare": page,
             "page": str(written),
         }
-        return Said(document, text, self._status())
+        outcomes = {self._names[number]: outcome for number, outcome in sorted(self.outcomes.items())}
+        return Said(document, text, self._status(), value=outcomes)
 
     def _finish(self, compared: Comparisons) -> Path:
         """Write the sweep's page beside its outputs, and track the sweep; returns where the page is.
@@ -287,7 +292,7 @@ class Sweep:
         Raises:
             StorageError: the page cannot be written.
         """
-        root = next(iter(self._specs.values())).output.local_root if self._specs else Path.cwd() / "weightmill"
+        root = next(iter(self._specs.values())).output.local_root if self._specs else Path.cwd() / OUTPUTS
         done = {each.name: each.output for each in compared.jobs if each.status == "done" and each.output}
         outputs = {name: Address.of(output) for name, output in done.items()}
         links = {name: page_of(output, root) for name, output in outputs.items() if output.is_local}
@@ -373,7 +378,7 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
 def _to_compare(candidates: Sequence[ComparedJob]) -> list[RenderableType]:
     """Return the command that compares the outputs, tracked or not, if these are several."""
     outputs = [job.output for job in candidates if job.status == "done" and job.output]
-    return [whole(f"compare them: {shlex.join(['weightmill', 'compare', *outputs])}")] if len(outputs) > 1 else []
+    return [whole(f"compare them: {program()} {shlex.join(['compare', *outputs])}")] if len(outputs) > 1 else []
 
 
 def page_of(output: Address, root: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from jobs.cli.program import program
 from jobs.cli.verb import note
 from jobs.planning.plan import FORMAT, Unit
 from loaders.errors import BadSpec, StorageError, VerifyFailed
@@ -159,7 +160,7 @@ class Journal:
             if found != FORMAT:
                 raise BadSpec(
                     f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"
-                    " finish it with the version that began it, or remove it (python -m jobs.clean delete=true)"
+                    f" finish it with the version that began it, or remove it ({program()} clean delete=true)"
                 )
 
     def check_there(self) -> None:

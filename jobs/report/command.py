@@ -42,7 +42,7 @@ def command_of(request: Mapping[str, Any], source: str) -> str:
         }
         words += _group(group, given, defaults.get(group))
     words += [f"{key}={said(key, request[key])}" for key in KEYS if request[key] != defaults[key]]
-    return shlex.join(["python", "-m", "jobs.run", *words])
+    return shlex.join(["weightmill", "run", *words])
 
 
 def _model(model: Mapping[str, Any], source: str) -> Iterator[str]:

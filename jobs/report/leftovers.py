@@ -1,4 +1,4 @@
-"""The text of what jobs.clean found."""
+"""The text of what `weightmill clean` found."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from loaders.presets.base import Calibration, FloatName, LocalPath, Location, Source, Spec
 
-__all__ = ["Calibration", "Columns", "FloatName", "Format", "LocalPath", "Location", "Source", "Spec"]
+__all__ = ["OUTPUTS", "Calibration", "Columns", "FloatName", "Format", "LocalPath", "Location", "Source", "Spec"]
 
 Format = Literal["text", "json"]
+OUTPUTS = "outputs"  # the default of output.root: in the folder where a command is given
 Columns = Annotated[
     Literal["fit", "all"],
     Field(description="of tables: what fits the terminal, or all, in parts below each other"),

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.spec.base import SIZE, Columns, FloatName, Format, Location, Source, Spec, bytes_of
+from jobs.spec.base import OUTPUTS, SIZE, Columns, FloatName, Format, Location, Source, Spec, bytes_of
 from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
@@ -244,9 +244,9 @@ class OutputSpec(Spec):
 
     @property
     def local_root(self) -> Path:
-        """The local folder of tracking, measurements and plots: `root`, or ./weightmill if `root` is not local."""
+        """The local folder of tracking, measurements and plots: `root`, or ./outputs if `root` is not local."""
         root = Address.of(self.root)
-        return root.path if root.is_local else Path.cwd() / "weightmill"
+        return root.path if root.is_local else Path.cwd() / OUTPUTS
 
 
 class BackendSpec(Spec):

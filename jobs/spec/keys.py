@@ -21,7 +21,7 @@ KEYS = {
     "transform": "transform",
     "num_blocks": "transform.num_blocks",
     "adapter": "transform.path",
-    "peft's merge_and_unload": "python -m jobs.run transform=merge_lora transform.path={adapter} model.path=BASE",
+    "peft's merge_and_unload": "weightmill run transform=merge_lora transform.path={adapter} model.path=BASE",
     "quantize": "quant",
     **{name: f"quant.{name}" for name in QUANT},
     "evaluate": "verify=logits",

@@ -130,7 +130,7 @@ def sweep_tags(sweep: str | None, number: int) -> dict[str, str]:
 @cache
 def shown_by_mlflow() -> dict[str, str]:
     """Return the tags from which MLflow's pages show who made a run, and with what program."""
-    found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
+    found = {"mlflow.source.name": "weightmill run", "mlflow.source.type": "LOCAL"}
     if _git_commit() != "none":
         found["mlflow.source.git.commit"] = _git_commit()
     # In many containers, the user id has no name.

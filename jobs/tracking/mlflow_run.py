@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.output.former_root import STORE, tracking_root
 from jobs.spec.tracking import TrackingSpec
 from loaders.errors import StorageError
 from loaders.storage.address import Address, without_secrets
@@ -386,5 +387,5 @@ def first_line(error: BaseException) -> str:
 
 
 def default_uri(root: Path) -> str:
-    """Return the address of the sqlite store in the folder of outputs."""
-    return f"sqlite:///{root / 'mlflow.db'}"
+    """Return the address of the sqlite store in the folder of outputs, or in the one of earlier versions."""
+    return f"sqlite:///{tracking_root(root) / STORE}"

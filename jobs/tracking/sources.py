@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from jobs.cli.validation import fields_of, is_read
+from jobs.spec.base import OUTPUTS
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import kind_of, open_store
 from loaders.storage.address import IN_MLFLOW, Address, without_secrets
@@ -213,7 +214,7 @@ def _tracking_uri(key: str, spec: BaseModel) -> str:
     from jobs.tracking.reading import lacks_file
 
     given = getattr(getattr(spec, "tracking", None), "uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
-    root = getattr(getattr(spec, "output", None), "local_root", None) or Path.cwd() / "weightmill"
+    root = getattr(getattr(spec, "output", None), "local_root", None) or Path.cwd() / OUTPUTS
     uri = given or default_uri(root)
     if lacks_file(uri):
         what = f"there is no store {without_secrets(uri)}" if given else "no MLflow is named to look in"

@@ -2,7 +2,7 @@
 
 Compared are the logits of a causal language model, or the last hidden states of any model of text. Whatever can be
 wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's numbers are kept in
-a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true` removes them.
+a folder next to the outputs, so that jobs of one source evaluate it once; `weightmill clean delete=true` removes them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cli.program import program
 from jobs.cli.progress import Meter
 from jobs.cli.verb import note
 from jobs.output.journal import LOGITS
@@ -256,5 +257,5 @@ def pass_gate(spec: LogitsSpec | EmbeddingsSpec, quality: Mapping[str, Any], out
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
-            f" python -m jobs.clean {shlex.quote(str(output))} delete=true removes them"
+            f" {program()} clean {shlex.quote(str(output))} delete=true removes them"
         )

@@ -18,6 +18,7 @@ import xxhash
 from pydantic import ValidationError
 from rich.console import Group
 
+from jobs.cli.early import is_program
 from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
 from jobs.execution.cluster import reach_source
@@ -94,7 +95,8 @@ class VerifyTask:
         faults = [fault for name, written in self.files for fault in _file_faults(self, name, written)]
         is_as_written = not faults
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
-        end_by_name()
+        if is_program():
+            end_by_name()
         with (
             self.strategy.open(PinnedFiles(open_source(self.source), self.unit.sources), sources) as source,
             self.output_strategy.open(PinnedFiles(open_store(self.output)), list(self.weights.values())) as written,

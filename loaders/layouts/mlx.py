@@ -78,7 +78,7 @@ class MlxLayout:
             stack = stack_of(model, own)
             name, index = stack or (own, 0)
             count = (num_experts(model, checkpoint.config) or 0) if stack else None
-            stored = {role: _stored(name, role, part, index, count) for role, part in encoding.stored.items()}
+            stored = {role: stored_part(name, role, part, index, count) for role, part in encoding.stored.items()}
             placed.append(Placed(encoding, stored))
         _check_stacks(placed, model, checkpoint)
         return tuple(placed)
@@ -140,7 +140,7 @@ def _check_scheme(name: str, scheme: Scheme) -> None:
 # --- names
 
 
-def _stored(weight: str, role: str, part: StoredSpec, index: int, count: int | None) -> StoredTensor:
+def stored_part(weight: str, role: str, part: StoredSpec, index: int = 0, count: int | None = None) -> StoredTensor:
     """Return a part of a weight under mlx-lm's name; with `count`, it is expert `index` in a stack of so many."""
     name = weight.removesuffix("weight") + SUFFIXES[role] if role != "weight" else weight
     if count is None:

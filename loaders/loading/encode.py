@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,9 +72,17 @@ class MadeTensors:
 
 
 def make(
-    source: PinnedFiles, wanted: Sequence[WantedTensor], strategy: WeightLoader, backend: str, *, measured: bool
+    source: PinnedFiles,
+    wanted: Sequence[WantedTensor],
+    strategy: WeightLoader,
+    backend: str,
+    *,
+    measured: bool,
+    on_done: Callable[[WantedTensor], None] = lambda wanted: None,
 ) -> MadeTensors:
     """Make the wanted tensors with the threads that the process's loads share, within their memory budget.
+
+    `on_done` hears of each tensor that was made, from the thread that made it.
 
     Results take the memory that `WantedTensor.stored` states; everything else is a few MiB per thread.
 
@@ -90,8 +98,13 @@ def make(
     ):
         work = ThreadedWork(kernels_of(backend), together.crew, stop)
         making = Making(reader, work, wanted, stop, measured=measured)
+
+        def one(each: WantedTensor) -> None:
+            making.tensor(each)
+            on_done(each)
+
         try:
-            work.each(wanted, making.tensor)
+            work.each(wanted, one)
         # Interrupts too: threads that still work must stop before the files are closed.
         except BaseException:
             stop.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from loaders.checkpoints.file_lists import Given, open_weights
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
+from loaders.layouts.mlx import stored_part
 from loaders.loading.cache import WeightCache
 from loaders.loading.checks import validate_weight_shapes
 from loaders.loading.config import LoadConfig, WeightLoaderConfig, aggressively, load_config, matches
@@ -171,9 +172,23 @@ def _check_finite(weights: Weights) -> None:
 
 
 class Loading:
-    """One load that casts, decodes or quantizes weights."""
+    """One load that casts, decodes or quantizes weights.
 
-    def __init__(self, checkpoint: Checkpoint, config: LoadConfig, quant: Quant | None) -> None:
+    `own_rules` go before the engine's; `strategy` reads in place of the config's, and `on_done` hears of each tensor
+    that was made: for weights that lie in no file.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LoadConfig,
+        quant: Quant | None,
+        *,
+        own_rules: Sequence[Rule] = (),
+        strategy: WeightLoader | None = None,
+        on_done: Callable[[WantedTensor], None] = lambda wanted: None,
+    ) -> None:
+        self._own_rules, self._on_done = own_rules, on_done
         self._checkpoint = checkpoint
         self._config = config
         if config.device == "mlx":
@@ -182,7 +197,7 @@ class Loading:
         torch_device(config.device)
         if quant is not None and config.backend not in offered(quant.scheme):
             raise BadSpec(f"backend: {quant.name} runs on {', '.join(offered(quant.scheme))}, not on {config.backend}")
-        self._strategy: WeightLoader = loader(config.strategy)
+        self._strategy: WeightLoader = strategy or loader(config.strategy)
         if self._strategy.not_for_jobs:
             raise BadSpec(f"strategy={config.strategy}: {self._strategy.not_for_jobs}")
         check_decodable(checkpoint)
@@ -198,11 +213,14 @@ class Loading:
         config = self._config
         scheme = Plain() if quant is None else quant.scheme
         mix = None if quant is None else quant.mix
-        rules = None if mix is None else self._rules_of(mix, tensors)
+        if self._own_rules:  # a tensor alone, of no model, whose architecture a mix would ask for
+            rules: Sequence[Rule] | None = ()
+        else:
+            rules = None if mix is None else self._rules_of(mix, tensors)
         mine = [tensor for tensor in tensors if matches(tensor.name, config.layer_filter)]
         if not mine:
             raise _none_matches(config, [tensor.name for tensor in tensors])
-        decisions = decide(mine, scheme, (), rules)
+        decisions = decide(mine, scheme, self._own_rules, rules)
         self._notes = (*self._notes, *ragged_notes(decisions), *fallback_notes(decisions))
         placed = self._placed(decisions, quant)
         return [
@@ -225,6 +243,15 @@ class Loading:
         # GGUF's layout would refuse models without a llama.cpp architecture; its schemes take any dtype without it.
         if quant is None or BY_ENGINE[quant.scheme.engine] == "gguf":
             return {}
+        if self._own_rules:
+            # mlx-lm's layout knows models; the names of a module's parts are the same in all.
+            encodings = [d.encoding for d in decisions if d.encoding is not None and d.encoding.scheme.engine == "mlx"]
+            return {
+                each.tensor.name: Placed(
+                    each, {role: stored_part(each.tensor.name, role, part) for role, part in each.stored.items()}
+                )
+                for each in encodings
+            }
         layout = LAYOUTS[BY_ENGINE[quant.scheme.engine]]
         return {placed.tensor.name: placed for placed in layout.place(self._checkpoint, decisions)}
 
@@ -267,6 +294,7 @@ class Loading:
                 device=self._config.device,
                 stored=item.stored,
                 names=item.names,
+                error=made.errors.get(name),
             )
         raw = parts["weight"].view(np.uint8)
         tensor = as_torch(
@@ -289,7 +317,7 @@ class Loading:
     def _made(self, items: Sequence[WantedTensor]) -> tuple[MadeTensors, bool]:
         def fresh() -> MadeTensors:
             source, config = self._checkpoint.source, self._config
-            return make(source, items, self._strategy, config.backend, measured=config.measure)
+            return make(source, items, self._strategy, config.backend, measured=config.measure, on_done=self._on_done)
 
         if not self._config.use_cache:
             return fresh(), False

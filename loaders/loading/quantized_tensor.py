@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from loaders.near_misses import near
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Scheme
 from loaders.specs import StoredSpec, TensorSpec, WeightSpec
+from loaders.stats import ErrorSums
 from loaders.tensors.logical_tensor import stored_name
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class QuantizedTensor:
     """A quantized weight: `parts` are the arrays that `scheme` stores for it, by role, flat, in numpy's dtypes.
 
     `spec` has the shape and dtype of the weight that was encoded and that `dequantize` returns, on `device`. `names`
-    are the engine's names of the parts, by role, where they differ from the usual ones.
+    are the engine's names of the parts, by role, where they differ from the usual ones. `tensors` gives the parts as
+    torch tensors by those names, and `by_role` by their roles. `error` is how far the weight is from its source, if
+    that was measured.
     """
 
     name: str
@@ -55,6 +58,7 @@ class QuantizedTensor:
     device: str = "cpu"
     stored: Mapping[str, StoredSpec] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    error: ErrorSums | None = None
 
     @property
     def shape(self) -> Shape:
@@ -73,9 +77,25 @@ class QuantizedTensor:
         """Return the number of weights."""
         return self.spec.numel
 
-    def tensors(self) -> dict[str, Any]:
+    def to(self, device: Any) -> QuantizedTensor:
+        """Return the tensor for a device: "cuda", "cuda:1", "mps", "cpu", or torch's own object.
+
+        `tensors`, `by_role` and `dequantize` then give tensors there. The encoded parts themselves are shared with this
+        one, in the CPU's memory.
+
+        Raises:
+            BadSpec: there is no such device.
+        """
+        torch_device(str(device))
+        return replace(self, device=str(device))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Return the parts as torch tensors on the device, by the names under which the engine stores them."""
         return {self._name(role): self._tensor(role) for role in self.parts}
+
+    def by_role(self) -> dict[str, torch.Tensor]:
+        """Return the parts as torch tensors on the device, by role: "weight", "weight.absmax", "weight_scale", ..."""
+        return {role: self._tensor(role) for role in self.parts}
 
     def _name(self, role: str) -> str:
         return self.names.get(role) or stored_name(self.name, role)
@@ -136,7 +156,12 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"QuantizedTensor({self.name}, {self.scheme.kind}, {shape} of {self.dtype.torch}, {self.nbytes:,} bytes)"
+        error = "" if self.error is None else f", relative error {self.error.relative_error:.3g}"
+        place = "" if self.device == "cpu" else f", for {self.device}"
+        return (
+            f"QuantizedTensor({self.name}, {self.scheme.kind}, {shape} of {self.dtype.torch},"
+            f" {self.nbytes:,} bytes{error}{place})"
+        )
 
 
 def float_dtype(dtype: Any) -> DType:

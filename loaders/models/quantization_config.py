@@ -132,7 +132,7 @@ def no_scheme(name: str) -> str:
     if name in preset_names():
         return (
             f"{name!r} is not one that a model is quantized to as it is loaded; known: {', '.join(SCHEMES)}. A job"
-            " (python -m jobs.run) writes it, and the engine loads that"
+            " (weightmill run) writes it, and the engine loads that"
         )
     return f"{unknown_quant(name, SCHEMES)}, or a scheme"
 

@@ -41,7 +41,7 @@ def preset(name: str, **settings: Any) -> Quant:
 
 def _unknown(name: object) -> str:
     if name == "auto":
-        return "'auto' is a mix, which only a job (python -m jobs.run) can measure"
+        return "'auto' is a mix, which only a job (weightmill run) can measure"
     return unknown_quant(name, preset_names())
 
 

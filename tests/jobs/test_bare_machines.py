@@ -48,12 +48,12 @@ def test_a_user_without_home_and_name_runs_every_verb(place: Path) -> None:
         in ran.stderr
     )
     assert stat.S_IMODE(kept.stat().st_mode) == 0o700
-    out = place / "weightmill" / "demo-nf4"
+    out = place / "outputs" / "demo-nf4"
     for verb, *words in (["inspect", out], ["lint", out], ["verify", out], ["run", "--help"]):
         ran = as_nobody("-m", f"jobs.{verb}", *words, **given)
         check(ran)
         assert "compiling" not in ran.stderr or verb == "verify"  # which compares, and needs other kernels
-    assert {each.name for each in place.iterdir()} == {"tmp", "weightmill"}
+    assert {each.name for each in place.iterdir()} == {"tmp", "outputs"}
 
 
 NO_WRITING = "mount --bind {0} {0} && mount -o remount,bind,ro / && mount -t tmpfs -o ro none /dev/shm"
@@ -84,7 +84,7 @@ def test_an_output_that_cannot_be_written_is_one_line(place: Path) -> None:
     for verb, status in (("plan", 0), ("run", 1)):
         ran = as_nobody("-m", f"jobs.{verb}", "tracking=none", cwd=Path("/"), environment={"HOME": "/"})
         check(ran, status)
-    assert re.search("weightmill: failed: making /weightmill/.*: Permission denied; check who owns it", ran.stderr)
+    assert re.search("weightmill: failed: making /outputs/.*: Permission denied; check who owns it", ran.stderr)
 
 
 @pytest.mark.slow

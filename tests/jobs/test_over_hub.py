@@ -86,10 +86,10 @@ def test_presets_are_read_from_the_hub(model: Path, hub: Hub, weightmill: Any) -
     hub.put("Qwen/Qwen3-8B", snapshot(model))
     ran = weightmill("run", "model=qwen3_8b", "quant=nf4", "format=json")
     assert ran.status == 0, ran.err
-    assert ran.document["output"].endswith("/weightmill/qwen3_8b-nf4")
+    assert ran.document["output"].endswith("/outputs/qwen3_8b-nf4")
     before = hub.get("Qwen/Qwen3-8B").branches["main"]
     hub.put("Qwen/Qwen3-8B", {"config.json": b"{}"})
-    assert weightmill("verify", "output.path=weightmill/qwen3_8b-nf4").status == 0  # of that commit
+    assert weightmill("verify", "output.path=outputs/qwen3_8b-nf4").status == 0  # of that commit
     ran = weightmill("run", f"model.revision={before}", "model=qwen3_8b", "quant=fp4", "format=json")
     assert ran.document["source"]["path"] == f"hf://Qwen/Qwen3-8B@{before}"
 
@@ -97,7 +97,7 @@ def test_presets_are_read_from_the_hub(model: Path, hub: Hub, weightmill: Any) -
 def test_outputs_are_named_by_the_model_not_by_its_commit(model: Path, hub: Hub, weightmill: Any) -> None:
     commit = hub.put(REPO, snapshot(model))
     ran = weightmill("run", f"model.path=hf://{REPO}@{commit}", "quant=nf4", "format=json")
-    assert ran.document["output"].endswith("/weightmill/model-nf4")
+    assert ran.document["output"].endswith("/outputs/model-nf4")
 
 
 # --- to the Hub
@@ -338,7 +338,7 @@ def test_one_file_of_a_repository_is_a_source(model: Path, mine: Hub, weightmill
     name = next(name for name in files if "Q8_0" in name)
     ran = weightmill("run", f"model.path=hf://org/model-GGUF/{name}", "quant=mlx_int4", "format=json")
     assert ran.status == 0, ran.err
-    assert ran.document["output"].endswith(f"/weightmill/{name.removesuffix('.gguf')}-mlx_int4")
+    assert ran.document["output"].endswith(f"/outputs/{name.removesuffix('.gguf')}-mlx_int4")
     assert weightmill("verify", f"output.path={ran.document['output']}").status == 0
 
 

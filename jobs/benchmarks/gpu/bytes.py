@@ -1,4 +1,4 @@
-"""Part `bytes` of `jobs.bench gpu`: the bytes of a device's encoders compared with the CPU's and bitsandbytes'.
+"""Part `bytes` of `weightmill bench gpu`: the bytes of a device's encoders compared with the CPU's and bitsandbytes'.
 
 Of searches, which may find other codes there, it is the errors that are compared.
 """

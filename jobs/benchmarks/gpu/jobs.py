@@ -1,4 +1,4 @@
-"""Parts `jobs` and `cores` of `jobs.bench gpu`: whole jobs by each backend, and the same job on more and more cores.
+"""Parts `jobs` and `cores` of `weightmill bench gpu`: whole jobs by each backend, and one on more and more cores.
 
 A job is a command of its own, timed from start to end, with its source in the page cache. Its `work_s` is the time from
 its plan to its end, without starting Python and loading compiled kernels.

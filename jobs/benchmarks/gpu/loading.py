@@ -1,4 +1,4 @@
-"""Part `loading` of `jobs.bench gpu`: loading weights onto the device by each strategy, and by safetensors itself."""
+"""Part `loading` of `weightmill bench gpu`: weights onto the device by each strategy, and by safetensors itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part `models` of `jobs.bench gpu`: the correctness and speed of models that each strategy loads onto the device.
+"""Part `models` of `weightmill bench gpu`: how right and fast models are that each strategy loads there.
 
 The reference is what transformers computes on the device: with the source's weights, or, for quantized modules, with
 their decoded weights as plain matrices.

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench gpu`: a GPU compared with this machine's CPU, and the gain by more CPU cores.
+"""`weightmill bench gpu`: a GPU compared with this machine's CPU, and the gain by more CPU cores.
 
 Parts and trials are independent: one that fails is a row with the reason, and the others go on. Each row is printed as
 soon as it is there, since a run may be cut off; trials that have not begun after `minutes` are reported as left out.

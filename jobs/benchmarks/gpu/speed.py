@@ -1,4 +1,4 @@
-"""Part `speed` of `jobs.bench gpu`: encoders on the device, its transfers, and bitsandbytes' kernel on it."""
+"""Part `speed` of `weightmill bench gpu`: encoders on the device, its transfers, and bitsandbytes' kernel on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shared parts of `jobs.bench gpu`: trials, their results, and the resources that they use."""
+"""The shared parts of `weightmill bench gpu`: trials, their results, and the resources that they use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench job`: whole commands, compared with copying the same files and with the engines' own tools."""
+"""`weightmill bench job`: whole commands, compared with copying the same files and with the engines' own tools."""
 
 from __future__ import annotations
 

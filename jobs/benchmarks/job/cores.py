@@ -1,4 +1,4 @@
-"""`python -m jobs.bench job cores=[1,2,4]`: one job on more and more cores, beside what it could do.
+"""`weightmill bench job cores=[1,2,4]`: one job on more and more cores, beside what it could do.
 
 The ideal is so many times the rate of the fewest cores. Beside it stand a copy of the files by as many threads, and
 encoding and measuring alone on as many: the lesser of these two is what the machine has for a job.

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench job profile=true`: where a job's seconds go, by phase.
+"""`weightmill bench job profile=true`: where a job's seconds go, by phase.
 
 The same command runs several times: as it is, for its seconds by the kernel's count; and under py-spy, for the shares
 of its phases. py-spy counts either threads that run, or all threads, or the one that holds the interpreter's lock.

@@ -1,4 +1,4 @@
-"""The rows of compressed-tensors' formats in `python -m jobs.bench kernels`."""
+"""The rows of compressed-tensors' formats in `weightmill bench kernels`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of `jobs.bench kernels` for ggml's tensor types: our encoding and measuring, and ggml's C code.
+"""The rows of `weightmill bench kernels` for ggml's tensor types: our encoding and measuring, and ggml's C code.
 
 K-quants take seconds for a large weight, so they are timed on a part of the rows, and the seconds are multiplied.
 """

@@ -1,4 +1,4 @@
-"""The rows of `jobs.bench kernels` for HQQ: our encoder, both passes, and the hqq package's own quantizer.
+"""The rows of `weightmill bench kernels` for HQQ: our encoder, both passes, and the hqq package's own quantizer.
 
 hqq takes minutes for a large weight, so both are timed on a part of the rows, and the seconds are multiplied.
 """

@@ -1,4 +1,4 @@
-"""Measuring in `python -m jobs.bench kernels`: what it takes beside encoding, in a job's own trip over a weight."""
+"""Measuring in `weightmill bench kernels`: what it takes beside encoding, in a job's own trip over a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of MLX's formats in `python -m jobs.bench kernels`."""
+"""The rows of MLX's formats in `weightmill bench kernels`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench kernels`: encoders and decoders on one weight, in rotation with those of other libraries.
+"""`weightmill bench kernels`: encoders and decoders on one weight, in rotation with those of other libraries.
 
 GB/s are 1e9 bytes of bfloat16 input per second (2 bytes per weight), whatever dtype a case takes. A library that is not
 installed, or does not work, is a row that says so.

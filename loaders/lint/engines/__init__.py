@@ -106,8 +106,9 @@ class Asking:
 
 def _process() -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Without -P, the current folder would come first, which may have a `loaders` of its own.
     return subprocess.Popen(
-        [sys.executable, "-m", "loaders.lint.engines"],
+        [sys.executable, "-P", "-m", "loaders.lint.engines"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip

@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 
 class NotThere(BadSpec):
-    """The Hub has no such repository, revision or file, or not for this account. `found` says so without the place."""
+    """The Hub has no such repository, revision or file, or not for this account: `absence`, without the place."""
 
     def __init__(self, where: str, found: str) -> None:
         super().__init__(f"{where}: {found}")
-        self.found = found
+        self.absence = found
 
 
 class NoRevision(NotThere):

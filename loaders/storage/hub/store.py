@@ -138,7 +138,7 @@ class HubStore:
             if self._files:
                 return None
         except NotThere as error:
-            return error.found
+            return error.absence
         if self._given.path in self._tree:
             return "a file; give the folder it lies in"
         return f"no file or folder {self._given.path!r} in it" if self._given.path else "nothing there"

@@ -95,7 +95,7 @@ def _copied(client: ObjectClient, key: str, parts: Sequence[Copied | list[Copied
             made = list(pool.map(make, range(1, len(parts) + 1), parts))
         client.in_parts(what, lambda parts: parts.complete(key, name, made))
     except BaseException:
-        # The first error is the one to report; what is left, `jobs.clean` finds.
+        # The first error is the one to report; what is left, `weightmill clean` finds.
         with suppress(WeightmillError, Missing):
             client.in_parts(what, lambda parts: parts.abort(key, name), patience_s=0.0)
         raise

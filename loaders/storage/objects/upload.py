@@ -99,7 +99,7 @@ class _InParts:
             made = self._put_all(name, blocks, size)
             self._complete(name, made, size)
         except BaseException:
-            # The first error is the one to report; what is left, `jobs.clean` finds.
+            # The first error is the one to report; what is left, `weightmill clean` finds.
             with suppress(WeightmillError, Missing):
                 client.in_parts(self._what, lambda parts: parts.abort(key, name), patience_s=0.0)
             raise

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench gpu`, on torch's CPU device: all of it is to work at the first try where there is a GPU."""
+"""`weightmill bench gpu`, on torch's CPU device: all of it is to work at the first try where there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench loaders`: what it times and what it says."""
+"""`weightmill bench loaders`: what it times and what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench stores`, in small."""
+"""`weightmill bench stores`, in small."""
 
 from __future__ import annotations
 

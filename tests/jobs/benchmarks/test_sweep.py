@@ -1,4 +1,4 @@
-"""`python -m jobs.bench sweep`: both ways make the same, and the kernel is asked for the rate in its own words."""
+"""`weightmill bench sweep`: both ways make the same, and the kernel is asked for the rate in its own words."""
 
 from __future__ import annotations
 

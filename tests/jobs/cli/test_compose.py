@@ -52,7 +52,7 @@ def test_choices_go_together(q: int, quant: str, o: int, output: str) -> None:
 def test_the_default_is_the_demo_model_to_nf4() -> None:
     spec = spec_of()
     assert spec.model_name == "demo"
-    assert spec.output_address.path == Path.cwd() / "weightmill" / "demo-nf4"
+    assert spec.output_address.path == Path.cwd() / "outputs" / "demo-nf4"
     assert (spec.source_address.path / "config.json").is_file()
 
 

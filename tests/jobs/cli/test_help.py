@@ -23,7 +23,7 @@ SCREEN = 30  # lines
 def test_every_verb_has_a_help_worth_reading(verb: str, weightmill: Any) -> None:
     ran = weightmill(verb, "--help")
     assert ran.status == 0
-    assert "usage: python -m jobs." in ran.out
+    assert f"usage: weightmill {verb} " in ran.out
     assert "examples:" in ran.out
     assert "exit status:" in ran.out
     assert "where to look:" in ran.out
@@ -93,7 +93,7 @@ def test_a_setting_has_a_page_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
         "unit_mb": "default: 1000",
         "verify.tokens": "default: 8192",
         "rules": "each of rules: action",
-        "clean": "usage: python -m jobs.clean",
+        "clean": "usage: weightmill clean",
         "delete": "default: false",
     }
     for word, wanted in said.items():

@@ -64,7 +64,7 @@ def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
         ("quant=nvfp4", "did you mean 'nvfp4a16'?"),
         ("quant=mlx", "did you mean 'mlx_int4'?"),
         ("quant=", "expected a choice after quant="),
-        ("quant=nf4,fp4", "a sweep takes several: python -m jobs.run -m quant=nf4,fp4"),
+        ("quant=nf4,fp4", "a sweep takes several: weightmill run -m quant=nf4,fp4"),
         ("quant=[nf4,fp4]", "expected one choice"),
         ("backend=gpu", "did you mean 'cuda'?"),
         ("backend=Metal", "did you mean 'mps'?"),

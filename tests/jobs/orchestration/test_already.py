@@ -264,13 +264,13 @@ def test_limits_are_held_against_the_report(model: Path, weightmill: Any) -> Non
 def test_a_mix_is_known_by_its_budget_and_need_not_be_measured_again(model: Path, weightmill: Any) -> None:
     given = (model, "quant=auto", "quant.engine=mlx")
     ran = weightmill("run", *given, "quant.target_bits=6", "format=json")
-    assert ran.document["output"].endswith("/weightmill/model-auto-mlx-6bits"), ran.err
-    shutil.rmtree("weightmill/.measured")
+    assert ran.document["output"].endswith("/outputs/model-auto-mlx-6bits"), ran.err
+    shutil.rmtree("outputs/.measured")
     for verb in ("run", "plan"):
         assert weightmill(verb, *given, "quant.target_bits=6", "format=json").document["already"] is True
-    assert not Path("weightmill/.measured").exists()
+    assert not Path("outputs/.measured").exists()
     ran = weightmill("run", *given, "quant.target_bits=7", "format=json")
-    assert ran.document["output"].endswith("/weightmill/model-auto-mlx-7bits"), ran.err
+    assert ran.document["output"].endswith("/outputs/model-auto-mlx-7bits"), ran.err
 
 
 # --- judging

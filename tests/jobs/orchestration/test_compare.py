@@ -90,6 +90,6 @@ def test_outputs_are_compared_from_anywhere_without_a_store_of_runs(
     monkeypatch.chdir(elsewhere)
     for given in (outputs, outputs[:2], outputs[1:]):
         assert weightmill("compare", *given).status == 0
-    names = {folder.name for folder in (elsewhere / "weightmill" / "comparisons").iterdir()}
+    names = {folder.name for folder in (elsewhere / "outputs" / "comparisons").iterdir()}
     nf4, fp4, int8 = (Path(output).name for output in outputs)
     assert names == {f"{nf4}-{fp4}-{int8}", f"{nf4}-{fp4}", f"{fp4}-{int8}"}

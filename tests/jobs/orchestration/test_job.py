@@ -227,7 +227,7 @@ def test_people_see_the_plan_the_result_and_where_it_is(source: Path, tmp_path: 
 def test_a_sweep_runs_every_job_and_names_what_varies(source: Path, weightmill: Any) -> None:
     ran = weightmill("run", "-m", f"model.path={source}", "quant=nf4,fp4", "quant.group_size=64,128")
     assert ran.status == 0, ran.err
-    names = sorted(p.name for p in (Path.cwd() / "weightmill").iterdir() if p.is_dir() and p.name[0] != ".")
+    names = sorted(p.name for p in (Path.cwd() / "outputs").iterdir() if p.is_dir() and p.name[0] != ".")
     assert names == [f"source-{q}-g{g}" for q in ("fp4", "nf4") for g in (128, 64)]
 
 

@@ -219,7 +219,7 @@ def test_what_makes_no_sense_is_refused_by_name_and_the_rest_offered(
     assert "quant=nf4,fp4 quant.group_size=100: quant.group_size: expected one of" in ran.err
     assert "this cannot be done, 2 problems:" in ran.err
     [offer] = [line for line in ran.err.splitlines() if "what makes sense" in line]
-    commands = [c.split()[3:] for c in offer.partition("what makes sense: ")[2].split(" && ")]
+    commands = [c.split()[2:] for c in offer.partition("what makes sense: ")[2].split(" && ")]
     assert [c[-2:] for c in commands] == [
         ["quant=nf4,fp4", "quant.group_size=64,128"],
         ["tracking=none", "quant=int8"],
@@ -254,7 +254,7 @@ def test_grids_hold_exactly_their_combinations() -> None:
 def test_a_command_takes_the_place_of_what_an_experiment_sweeps() -> None:
     request = Request(given=["experiment=x", "model.path=a b"], overrides=["++model.path='a b'"])
     assert command({"quant": ("nf4", "fp4")}, request) == (
-        "python -m jobs.run -m experiment=x 'model.path=a b' '~hydra.sweeper.params' quant=nf4,fp4"
+        "weightmill run -m experiment=x 'model.path=a b' '~hydra.sweeper.params' quant=nf4,fp4"
     )
 
 

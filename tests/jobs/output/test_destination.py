@@ -39,8 +39,8 @@ def test_nothing_is_left_in_the_users_folder(source: Path, tmp_path: Path, weigh
 
 def test_the_default_output_lies_in_a_folder_of_our_own_name(source: Path, weightmill: Any) -> None:
     ran = weightmill("run", f"model.path={source}", "quant=fp4", "format=json")
-    assert ran.document["output"] == str(Path.cwd() / "weightmill" / "source-fp4")
-    assert [p.name for p in Path.cwd().iterdir()] == ["weightmill"]
+    assert ran.document["output"] == str(Path.cwd() / "outputs" / "source-fp4")
+    assert [p.name for p in Path.cwd().iterdir()] == ["outputs"]
 
 
 @pytest.mark.quick

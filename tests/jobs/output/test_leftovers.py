@@ -23,7 +23,7 @@ def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: P
     from jobs.output.journal import Journal
     from loaders.storage.address import Address
 
-    folder = tmp_path / "cwd" / "weightmill"
+    folder = tmp_path / "cwd" / "outputs"
     held, left = Journal(Address.of(folder / "held"), "a" * 12), Journal(Address.of(folder / "left"), "b" * 12)
     with left.hold({}, overwrite=False):
         pass

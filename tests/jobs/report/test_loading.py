@@ -79,7 +79,7 @@ def test_what_is_printed_loads_the_output_in_llama_cpp(weightmill: Any) -> None:
 
 def test_it_is_named_from_where_one_stands(weightmill: Any, tmp_path: Path) -> None:
     ran = weightmill("run", "quant=nf4")
-    assert 'from_pretrained("weightmill/demo-nf4")' in ran.out
+    assert 'from_pretrained("outputs/demo-nf4")' in ran.out
     assert "not loaded by mlx-lm, llama.cpp" in ran.out
     ran = weightmill("run", "quant=nf4", f"output.path={tmp_path / 'else'}")
     assert f'from_pretrained("{tmp_path / "else"}")' in ran.out
@@ -88,15 +88,15 @@ def test_it_is_named_from_where_one_stands(weightmill: Any, tmp_path: Path) -> N
 def test_a_sweep_names_the_folder_of_its_outputs_and_how_to_open_its_page(weightmill: Any) -> None:
     ran = weightmill("run", "-m", "quant=nf4,int8", "tracking=mlflow")
     assert ran.status == 0, ran.err
-    assert f"outputs: {Path.cwd() / 'weightmill'}; the README.md of each says how to load it" in ran.out
-    assert "mlflow ui --backend-store-uri sqlite:///weightmill/mlflow.db, and then http://127.0.0.1:5000" in ran.out
+    assert f"outputs: {Path.cwd() / 'outputs'}; the README.md of each says how to load it" in ran.out
+    assert "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db, and then http://127.0.0.1:5000" in ran.out
     assert "compare-runs" not in ran.out
     assert max(len(line) for line in ran.out.splitlines() if "mlflow ui" in line) < 200
 
 
 def test_a_run_says_how_to_open_its_page(weightmill: Any) -> None:
     ran = weightmill("run", "quant=nf4", "tracking=mlflow")
-    assert "mlflow ui --backend-store-uri sqlite:///weightmill/mlflow.db" in ran.out
+    assert "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db" in ran.out
 
 
 @pytest.mark.quick

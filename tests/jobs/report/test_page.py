@@ -63,7 +63,7 @@ def test_a_page_says_what_counts(weightmill: Any, tmp_path: Path) -> None:
         "Relative error by layer",
         report["damage"]["worst"][0]["name"],
         report["files"][0]["xxh3"],
-        "python -m jobs.run",
+        "weightmill run",
     ):
         assert said in page.text, said
     assert str(tmp_path) not in page.text

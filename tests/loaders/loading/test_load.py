@@ -127,7 +127,9 @@ def test_ggml_blocks_decode(quant: str, tmp_path: Path) -> None:
 def test_true_is_nf4_and_a_tensor_says_what_it_is(source: Path) -> None:
     found, stats = load_weights(source, True)
     tensor = found[UP]
-    assert repr(tensor) == f"QuantizedTensor({UP}, bnb4, 128x64 of bfloat16, {tensor.nbytes:,} bytes)"
+    error = stats.compression.layer_stats[UP].error.relative_error
+    about = f"{UP}, bnb4, 128x64 of bfloat16, {tensor.nbytes:,} bytes, relative error {error:.3g}"
+    assert repr(tensor) == f"QuantizedTensor({about})"
     assert (tensor.shape, tensor.dtype.name, tensor.numel()) == ((128, 64), "BF16", 128 * 64)
     whole = tensor.dequantize("float32")
     assert whole.dtype is torch.float32
