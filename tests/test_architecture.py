@@ -44,7 +44,7 @@ architectures containers quantization
 specs stats clock
 storage dtypes
 patterns
-limits faults
+limits faults missing
 errors places words tables near_misses
 """
 LAYERS = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "open_weights",
     "skeleton_of",
 ]
-NEEDED = ("torch", "transformers", "accelerate")
 
 
 def __getattr__(name: str) -> Any:
@@ -32,12 +31,8 @@ def __getattr__(name: str) -> Any:
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needed_for(f"loaders.models: {name}"):
         return _imported(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDED:
-            raise
-        raise BadSpec(f"loaders.models: {name} needs {error.name}: pip install 'weightmill[models]'") from None
 
 
 def _imported(name: str) -> Any:
