@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from loaders.errors import BadSpec
-from loaders.words import listed
 
 # What pip is given for the libraries whose package has another name than their module.
 INSTALLED_BY = {
@@ -42,7 +41,8 @@ class MissingLibrary(BadSpec, ImportError):
 def not_installed(what: str, libraries: Sequence[str], instead: str = "") -> MissingLibrary:
     """Return the error for work (`what`) whose libraries are not installed; `instead` says what goes without them."""
     commands = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in libraries))
-    needs = f"{what} needs {listed(libraries, 'which is', 'which are')} not installed: pip install {commands}"
+    are = "is" if len(libraries) == 1 else "are"
+    needs = f"{what} needs {', '.join(libraries)}, which {are} not installed: pip install {commands}"
     return MissingLibrary(f"{needs}; {instead}" if instead else needs)
 
 
