@@ -137,7 +137,7 @@ def test_nothing_begins_that_cannot_be_judged(
         assert ran.err.count("\n") == 1
     monkeypatch.setattr("loaders.models.runners.util.find_spec", lambda name: None if name == "mlx_lm" else name)
     ran = weightmill("run", out, *LOGITS, "quant=mlx_int4")
-    assert "mlx_lm is not installed here: pip install mlx-lm; or verify=strict" in ran.err
+    assert "mlx_lm, which is not installed: pip install mlx-lm; or verify=strict" in ran.err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
 
 
