@@ -25,7 +25,7 @@ from loaders.architectures.family import text_config
 from loaders.backends.machine import total_memory
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed, setting, settings_called
-from loaders.missing import absent, not_installed
+from loaders.missing import MissingLibrary, absent, not_installed
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import digest, text_digest
@@ -79,7 +79,7 @@ def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan
         except BadSpec as error:
             cannot = f"{setting('evaluate')}: "
             said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
-            raise type(error)(said) from None
+            raise (MissingLibrary if isinstance(error, MissingLibrary) else BadSpec)(said) from None
 
 
 def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
