@@ -32,19 +32,19 @@ def without(folder: Path, commands: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def test_every_verb_works_in_the_base_install(tmp_path: Path) -> None:
-    nf4, fp4 = (tmp_path / "weightmill" / f"demo-{name}" for name in ("nf4", "fp4"))
+    nf4, fp4 = (tmp_path / "made" / f"demo-{name}" for name in ("nf4", "fp4"))
     commands = {
-        "run": ["run"],
-        "sweep": ["run", "-m", "quant=nf4,fp4"],
+        "run": ["run", "output.root=made"],
+        "sweep": ["run", "-m", "quant=nf4,fp4", "output.root=made"],
         "plan": ["plan", "quant=w4a16"],
         "verify": ["verify", nf4],
         "lint": ["lint", nf4],
         "inspect": ["inspect", nf4],
         "diff": ["diff", nf4, nf4],
-        "compare": ["compare", nf4, fp4],
+        "compare": ["compare", nf4, fp4, "output.root=made"],
         "recommend": ["recommend", DEMO],
         "bench": ["bench", "plan", "tensors=200", "quants=[nf4]"],
-        "clean": ["clean"],
+        "clean": ["clean", "output.root=made"],
     }
     assert commands.keys() - {"sweep"} == {*VERBS}
     found = dict(zip(commands, without(tmp_path, list(commands.values())), strict=True))
@@ -61,7 +61,7 @@ def test_every_verb_works_in_the_base_install(tmp_path: Path) -> None:
     assert (nf4 / "report.html").read_text().count("<svg") > 0
     drawing = "drawing compare.png needs matplotlib, which is not installed: pip install 'weightmill[plots]'"
     assert found["compare"].err.splitlines().count(drawing) == 1
-    [folder] = (tmp_path / "weightmill" / "comparisons").iterdir()
+    [folder] = (tmp_path / "made" / "comparisons").iterdir()
     assert {each.name for each in folder.iterdir()} == {"compare.md", "compare.json"}
     assert "compare.png" not in (folder / "compare.md").read_text() + (folder / "compare.json").read_text()
 
