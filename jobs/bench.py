@@ -159,7 +159,7 @@ def act(spec: BenchSpec) -> Said:
     if spec.profile:
         from jobs.benchmarks.job.profile import profile_job
 
-        return profile_job(spec.path, gb, quants[0], spec.tracking.kind, spec.folder, repeats)
+        return profile_job(spec.path, gb, quants[0], "mlflow" if spec.tracking.is_on else "none", spec.folder, repeats)
     if spec.cores:
         from jobs.benchmarks.job.cores import time_cores
 

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from loaders.loading.resources import Shared, configure
     from loaders.loading.save import save
     from loaders.loading.statistics import Statistics
+    from loaders.missing import MissingLibrary
+    from loaders.models.adapters import save_adapter, trained_weights
     from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
+    from loaders.models.fsdp import load_sharded_model
     from loaders.models.loading import load_model_and_tokenizer
     from loaders.models.model_loaders import ModelLoader, ModelLoaderFactory, QuantizedModelLoader, StandardModelLoader
     from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
@@ -93,6 +96,7 @@ __all__ = [
     "LoadingStrategy",
     "LowMemoryLoader",
     "MissingFile",
+    "MissingLibrary",
     "ModelLoader",
     "ModelLoaderFactory",
     "ModelLoadingConfig",
@@ -136,6 +140,7 @@ __all__ = [
     "gguf_quant_weights_iterator",
     "load_and_quantize",
     "load_model_and_tokenizer",
+    "load_sharded_model",
     "load_weights",
     "loader",
     "multi_thread_pt_weights_iterator",
@@ -148,6 +153,8 @@ __all__ = [
     "runai_safetensors_weights_iterator",
     "safetensors_weights_iterator",
     "save",
+    "save_adapter",
+    "trained_weights",
     "validate_weight_shapes",
     "validate_weight_shapes_rust",
 ]
@@ -184,7 +191,11 @@ _PLACES = {
         "QuantizedModelLoader",
         "StandardModelLoader",
         "load_model_and_tokenizer",
+        "load_sharded_model",
+        "save_adapter",
+        "trained_weights",
     ),
+    "missing": ("MissingLibrary",),
     "presets.catalog": ("preset", "preset_names"),
     "progress": ("Progress",),
     "specs": ("WeightSpec",),

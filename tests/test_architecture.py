@@ -46,7 +46,7 @@ architectures containers quantization
 specs stats clock progress
 storage dtypes
 patterns
-limits faults
+limits faults missing
 errors places words tables near_misses
 """
 LAYERS = [

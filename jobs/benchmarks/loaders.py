@@ -14,6 +14,7 @@ from jobs.benchmarks.busy_machine import warning
 from jobs.benchmarks.loader_timings import measure, yaml_line
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said
+from jobs.report.plots import drawn
 from jobs.report.tables import table
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.run import open_run
@@ -36,9 +37,10 @@ def time_loaders(
     """
     with given_or_random(path, gb, folder) as (_, source):
         document = measure(str(source), names, repeats, cold=cold)
-    plot = draw(document, root / f"loaders-{source.name}.png")
+    plot = drawn(root / f"loaders-{source.name}.png", lambda path: draw(document, path))
     tracked = track(document, tracking, root, plot)
-    return Said({**document, "plot": str(plot), "tracked": tracked}, timings_text(document, plot))
+    shown = None if plot is None else str(plot)
+    return Said({**document, "plot": shown, "tracked": tracked}, timings_text(document, plot))
 
 
 def timings_text(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
@@ -101,7 +103,7 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def track(document: Mapping[str, Any], spec: TrackingSpec, root: Path, plot: Path) -> str | None:
+def track(document: Mapping[str, Any], spec: TrackingSpec, root: Path, plot: Path | None) -> str | None:
     """Track a run for each strategy, and one with the plot and the whole table; returns the address of the latter."""
     sweep = uuid.uuid4().hex[:12]
     about = {key: document[key] for key in ("path", "container", "bytes", "filesystem", "threads", "repeats")}
@@ -118,6 +120,7 @@ def track(document: Mapping[str, Any], spec: TrackingSpec, root: Path, plot: Pat
         spec, root, f"load {name}", {key: str(value) for key, value in about.items()}, tags, uuid.uuid4().hex
     )
     run.document("loaders.json", document)
-    run.figures(lambda folder: [draw(document, folder / plot.name)])
+    if plot is not None:
+        run.figures(lambda folder: [draw(document, folder / plot.name)])
     run.close("FINISHED")
     return run.address

@@ -24,6 +24,7 @@ from rich.console import Group
 from jobs.cli.compose import compose, take_apart
 from jobs.cli.verb import Said, note
 from jobs.orchestration.source_pass import run_job
+from jobs.report.plots import drawn
 from jobs.report.tables import table
 from jobs.spec.job import JobSpec
 from loaders.checkpoints.checkpoint import open_checkpoint
@@ -104,10 +105,10 @@ def budget(
         cases = _cases(model, judged, engine, calibration, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    picture = root / f"budget-{Path(model).name}-{engine}.png"
     with io_errors("making", root):
         root.mkdir(parents=True, exist_ok=True)
-    plot(cases, f"{Path(model).name}, {engine}, run by {cases[0].quality.engine}", picture)
+    title = f"{Path(model).name}, {engine}, run by {cases[0].quality.engine}"
+    picture = drawn(root / f"budget-{Path(model).name}-{engine}.png", lambda path: plot(cases, title, path))
     return _said(cases, model, engine, picture)
 
 
@@ -237,7 +238,7 @@ def _json(ratio: Ratio | None) -> list[float] | None:
     return None if ratio is None else [ratio.value, ratio.low, ratio.high]
 
 
-def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path) -> Said:
+def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path | None) -> Said:
     found = rows(cases)
     numbers = (
         "bits per weight",
@@ -256,7 +257,8 @@ def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path)
             _ratio(row["to_preset"]) + (f" {row['preset']}" if row["preset"] else ""),
         )  # fmt: skip
     quality = cases[0].quality
-    document = {"status": "done", "model": model, "engine": engine, "rows": found, "picture": str(picture)}
+    drew = [] if picture is None else [str(picture)]
+    document = {"status": "done", "model": model, "engine": engine, "rows": found, "picture": next(iter(drew), None)}
     means = [
         f"{kind}: {_mean(cases, kind)}" for kind in dict.fromkeys(c.kind for c in cases) if kind.startswith("auto")
     ]
@@ -266,7 +268,7 @@ def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path)
             f"{model}, {engine}, run by {quality.engine}; {quality.tokens} tokens, {quality.windows} windows; [95 %]",
             shown,
             "KL over uniform's at the same size, geometric mean of all sizes: " + "; ".join(means),
-            f"picture: {picture}",
+            *(f"picture: {path}" for path in drew),
         ),
     )
 

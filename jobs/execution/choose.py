@@ -6,6 +6,7 @@ import os
 
 from jobs.execution.cluster import Cluster, LocalCluster
 from jobs.spec.job import ClusterSpec
+from loaders.missing import absent, not_installed
 
 
 def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
@@ -17,6 +18,19 @@ def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
         why = "" if spec.kind == "ray" else f"an address is given ({address})"
         return RayCluster(spec, address), why
     return LocalCluster(spec), "" if spec.kind == "local" else "no Ray address is given"
+
+
+def check_cluster(spec: ClusterSpec) -> None:
+    """Check that Ray is installed if units run there.
+
+    Raises:
+        MissingLibrary: it is not.
+    """
+    if is_local(spec) or not (lacks := absent("ray")):
+        return
+    named = "cluster.address" if spec.address else "RAY_ADDRESS in the environment"
+    what = "cluster=ray" if spec.kind == "ray" else f"cluster=auto with {named}"
+    raise not_installed(what, lacks, "cluster=local runs in this process")
 
 
 def is_local(spec: ClusterSpec) -> bool:

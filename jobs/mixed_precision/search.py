@@ -40,6 +40,7 @@ from jobs.spec.strategy import reading
 from loaders.backends import check_backend
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.missing import absent, not_installed
 from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
 from loaders.storage.hashes import text_digest
@@ -244,6 +245,8 @@ def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measure
     if path.is_file():
         return sensitivity.load(path)
     text = None if quant.calibration == "self" else _text(quant.calibration)
+    if lacks := absent("torch", "transformers"):
+        raise not_installed("quant.calibration", lacks)
     note("calibrating: the model reads " + ("what it writes" if text is None else str(quant.calibration)))
     # With calibration=self, the model writes the text before it reads it.
     passes = 2 if text is None else 1

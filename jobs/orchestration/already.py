@@ -59,7 +59,7 @@ def track(planned: Planned, report: Report) -> str | None:
         StorageError: it cannot be registered.
     """
     spec = planned.spec
-    if spec.tracking.kind == "none":
+    if not spec.tracking.is_on:
         return None
     if planned.judging is not None:
         _track_quality(planned, report)

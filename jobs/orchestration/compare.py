@@ -14,7 +14,7 @@ from jobs.cli.verb import Said, note
 from jobs.output.report import read_report
 from jobs.report.comparison import ComparedJob, compared_job, to_json, whole
 from jobs.report.comparisons import Comparisons
-from jobs.report.plots import comparison_plot
+from jobs.report.plots import comparison_plot, drawn
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.pages import compare_page
 from jobs.tracking.store import Store, Tracked
@@ -148,6 +148,10 @@ def _told_apart(candidates: Sequence[ComparedJob]) -> list[ComparedJob]:
 def _said(title: str, candidates: Sequence[ComparedJob], error: str | None, folder: Path, page: str | None) -> Said:
     compared = Comparisons(candidates, error)
     models = compared.document(LISTED)
+    with io_errors("making", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    picture = drawn(folder / "compare.png", lambda path: comparison_plot(compared.of, path))
+    names = ["compare.md", *([] if picture is None else [picture.name]), "compare.json"]
     document = {
         "status": "done",
         "title": title,
@@ -157,18 +161,14 @@ def _said(title: str, candidates: Sequence[ComparedJob], error: str | None, fold
         "differing": [row for model in models for row in model["differing"]],
         "models": models,
         "compare": page,
-        "files": [str(folder / name) for name in ("compare.md", "compare.png", "compare.json")],
+        "files": [str(folder / name) for name in names],
     }
-    with io_errors("making", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / "compare.png"
-    is_drawn = comparison_plot(compared.of, picture)
-    text = compared.markdown(title, picture.name if is_drawn else None)
+    text = compared.markdown(title, None if picture is None else picture.name)
     write_file(folder / "compare.md", text.encode())
     write_file(folder / "compare.json", json_bytes(document))
     lines = [
         *compared.lines(),
-        f"written: {folder}/compare.md, compare.png, compare.json",
+        f"written: {folder}/{', '.join(names)}",
         *([whole(page)] if page else []),
     ]
     of = f" of {len(models)} models, compared each by itself" if len(models) > 1 else ""

@@ -13,6 +13,7 @@ from jobs.orchestration.preflight import Planned
 from jobs.planning.plan import Unit
 from jobs.planning.targets import TARGET
 from jobs.spec.job import JobSpec
+from jobs.tracking.run import untracked
 from loaders.errors import StorageError
 from loaders.storage.address import Address
 from loaders.storage.local import device_of, free_bytes
@@ -42,6 +43,7 @@ def notes_of(planned: Planned) -> list[str]:
     return [
         *done,
         *judging,
+        *untracked(planned.spec.tracking),
         *_joining(planned),
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.execution.choose import is_local
+from jobs.execution.choose import check_cluster, is_local
 from jobs.execution.cluster import LocalCluster
 from jobs.orchestration.earlier import check_passed, lacks_judging, made_before
 from jobs.output.destination import check_free, check_ours, check_place
@@ -20,6 +20,7 @@ from jobs.planning.work_key import work_key
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
 from jobs.spec.verify import JudgedSpec
+from jobs.tracking.run import check_tracking
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import check_backend, may_differ
 from loaders.backends.fastest import fastest
@@ -85,6 +86,8 @@ def plan_job(
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
     check_backend(spec.backend.asked)
+    check_cluster(spec.cluster)
+    check_tracking(spec.tracking)
     with no_collection():
         checkpoint = opened(spec.source_address, spec.source.container)
         plan = make_plan(checkpoint, [target], spec.unit_mb)

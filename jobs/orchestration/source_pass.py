@@ -65,7 +65,7 @@ def run_job(spec: JobSpec) -> Said:
     if planned.done is not None:
         report = already.settled(planned)
         return already.said(planned, report, already.track(planned, report))
-    if spec.tracking.kind == "mlflow":
+    if spec.tracking.is_on:
         warm(spec.tracking.uri)
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
@@ -92,7 +92,7 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
         except WeightmillError as error:
             found[number] = error
     planned = {number: plan for number, plan in found.items() if isinstance(plan, Planned)}
-    for uri in {each.spec.tracking.uri for each in planned.values() if each.spec.tracking.kind == "mlflow"}:
+    for uri in {each.spec.tracking.uri for each in planned.values() if each.spec.tracking.is_on}:
         warm(uri)
     with engine_check.asking(list(planned.values())) as asked:
         for number, each in zip(planned, asked, strict=True):

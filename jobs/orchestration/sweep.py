@@ -43,7 +43,7 @@ from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import facts, run_key, source_of, sweep_tags
 from jobs.tracking.pages import compare_page
 from jobs.tracking.recorder import Recorder
-from jobs.tracking.run import Run
+from jobs.tracking.run import Run, untracked
 from jobs.tracking.sources import Known, located
 from jobs.tracking.sweep_run import open_sweep_run, track_sweep
 from loaders.errors import BadSpec, StorageError, WeightmillError, io_errors
@@ -177,6 +177,8 @@ class Sweep:
     def _run(self, planned: dict[int, Planned]) -> None:
         old = {n: p for n, p in planned.items() if p.done is not None}
         self._sources |= {number: str(plan.plan.checkpoint.address) for number, plan in planned.items()}
+        for line in dict.fromkeys(line for plan in planned.values() for line in untracked(plan.spec.tracking)):
+            note(line)
         self._begin(planned)
         adopted: dict[int, Future[str | None]] = {}
         for number, plan in old.items():
@@ -189,7 +191,7 @@ class Sweep:
             self.outcomes[number] = already.said(plan, report, registered)
             self._reports[number] = report
             tracking, root = plan.spec.tracking, plan.spec.output.local_root
-            if tracking.kind == "mlflow":
+            if tracking.is_on:
                 judged = {} if plan.judging is None else quality_metrics(report.quality)
                 tags = sweep_tags(self.id, number)
                 adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags, judged)
@@ -217,7 +219,7 @@ class Sweep:
 
     def _begin(self, planned: dict[int, Planned]) -> None:
         """Open the sweep's own run, before those of its jobs, if there is one to track."""
-        tracked = [plan for plan in planned.values() if plan.spec.tracking.kind == "mlflow"]
+        tracked = [plan for plan in planned.values() if plan.spec.tracking.is_on]
         if self._run_of_all is not None or not tracked:
             return
         first, is_done = tracked[0].spec, all(plan.done is not None for plan in tracked)
@@ -349,7 +351,7 @@ class Sweep:
     def _page(self) -> str | None:
         """Return the page on which MLflow compares the runs; None if no run is tracked."""
         ids = [run for _, run in sorted(self._run_ids.items()) if run is not None]
-        spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
+        spec = next((s for s in self._specs.values() if s.tracking.is_on), None)
         if not ids or spec is None:
             return None
         experiment = self._recorder.experiment_of(spec.tracking)

@@ -1,14 +1,24 @@
-"""The figure of a comparison."""
+"""The figure of a comparison; and pictures where matplotlib, the extra `plots`, is not installed: none, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.cli.verb import note
 from jobs.report.comparison import BITS, ERROR, ComparedJob, Comparison, words_of
+from loaders.missing import absent, not_installed
 
 NAMED = 20  # jobs that a figure distinguishes; of more, only those on the Pareto front, and the others are gray
+
+
+def drawn(path: Path, draw: Callable[[Path], object]) -> Path | None:
+    """Have a picture drawn at a path; None if there is nothing to draw, or no matplotlib, which is said in a line."""
+    if lacks := absent("matplotlib"):
+        note(str(not_installed(f"drawing {path.name}", lacks)))
+        return None
+    return None if draw(path) is False else path
 
 
 def _whole_numbers(axes: Any) -> None:

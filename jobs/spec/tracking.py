@@ -10,12 +10,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer, ValidationInfo, field_validator
 
 from jobs.spec.base import Spec
+from loaders.missing import absent
 from loaders.storage.address import without_secrets
 
 # MLflow's own variables, which its other clients take as well.
 URI, NAME = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 EXPERIMENT = "weightmill"
 STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
+
+
+def lacking(uri: str | None) -> tuple[str, ...]:
+    """Return the libraries that MLflow needs for the store at an address and that are not installed here."""
+    is_server = uri is not None and uri.startswith("http")
+    return absent("mlflow", *(() if is_server else ("sqlalchemy", "alembic")))
 
 
 with warnings.catch_warnings():
@@ -25,7 +32,7 @@ with warnings.catch_warnings():
     class TrackingSpec(Spec):
         """conf/tracking: the store of the metrics."""
 
-        kind: Literal["mlflow", "none"]
+        kind: Literal["auto", "mlflow", "none"]
         # Where a request is written down, it stands there without its password.
         uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
             default=None,
@@ -42,6 +49,16 @@ with warnings.catch_warnings():
             description="the model in MLflow's registry of which the output becomes a version; null: of none",
         )
         price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
+
+        @property
+        def lacks(self) -> tuple[str, ...]:
+            """The libraries that MLflow needs for this store and that are not installed here."""
+            return lacking(self.uri)
+
+        @property
+        def is_on(self) -> bool:
+            """Whether runs are tracked; with `auto`, where MLflow is installed."""
+            return self.kind == "mlflow" or (self.kind == "auto" and not self.lacks)
 
         @field_validator("uri")
         @classmethod

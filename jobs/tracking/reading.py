@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.spec.addresses import check_reachable
+from jobs.spec.tracking import lacking
 from jobs.tracking.mlflow_run import first_line, mlflow_client
 from jobs.tracking.sqlite_store import SQLITE, file_of, is_missing
 from loaders.errors import StorageError
+from loaders.missing import not_installed
 from loaders.storage.address import without_secrets
 
 
@@ -18,16 +20,28 @@ def lacks_file(uri: str) -> bool:
     return uri.startswith(SQLITE) and is_missing(file_of(uri))
 
 
+def check_installed(key: str, uri: str, remedy: str) -> None:
+    """Check that MLflow is installed, to read what the setting `key` names.
+
+    Raises:
+        MissingLibrary: it is not.
+    """
+    if lacks := lacking(uri):
+        raise not_installed(f"{key}: reading MLflow", lacks, remedy)
+
+
 class OpenedStore:
     """A store or server of MLflow that is read; `key` is the setting to which its errors belong.
 
     Raises:
+        MissingLibrary: MLflow is not installed.
         StorageError: nobody answers there (then `remedy` is said), or it cannot be read.
     """
 
     def __init__(self, key: str, uri: str, remedy: str) -> None:
         self._key = key
         self.uri = uri
+        check_installed(key, uri, remedy)
         if uri.startswith("http"):
             check_reachable(key, uri, remedy)
         with self.reading():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.spec.addresses import check_reachable
-from jobs.spec.tracking import TrackingSpec
+from jobs.spec.tracking import URI, TrackingSpec
 from jobs.tracking.mlflow_run import BackgroundRun, Opening, Source
 from jobs.tracking.recorder import Recorder
+from loaders.missing import not_installed
 
 
 class Run(Protocol):
@@ -81,7 +83,7 @@ class Run(Protocol):
 
 
 class NoRun:
-    """The run of tracking=none, which logs nothing."""
+    """The run of what is not tracked: it logs nothing."""
 
     is_tracked = False
     address = None
@@ -115,6 +117,32 @@ class NoRun:
     def close(self, status: str | None = None) -> None: ...
 
 
+def check_tracking(spec: TrackingSpec) -> None:
+    """Check that MLflow is installed if it is asked for: by name, by a store, or by a model of its registry.
+
+    Raises:
+        MissingLibrary: it is not.
+    """
+    if spec.kind == "none" or not spec.lacks:
+        return
+    by_environment = spec.uri is not None and spec.uri == os.environ.get(URI)
+    asked = {
+        "tracking=mlflow": spec.kind == "mlflow",
+        f"tracking.uri, which the environment's {URI} names,": by_environment,
+        "tracking.uri": spec.uri is not None,
+        "tracking.register": spec.register is not None,
+    }
+    if (what := next((what for what, is_asked in asked.items() if is_asked), None)) is not None:
+        raise not_installed(what, spec.lacks, "tracking=none runs without")
+
+
+def untracked(spec: TrackingSpec) -> list[str]:
+    """Return the line that says why a job is not tracked, if the choice was left open; else none."""
+    if spec.kind != "auto" or spec.is_on:
+        return []
+    return [f"not tracked: {not_installed('tracking=auto', spec.lacks)}; tracking=none leaves this line out"]
+
+
 def open_run(
     spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
     recorder: Recorder | None = None, *, sources: Sequence[Source] = (), is_published: bool = False,
@@ -126,7 +154,7 @@ def open_run(
     It returns at once, since importing mlflow and creating a store take seconds; errors are raised when the run is
     closed. The caller ensures that no two processes use a key at once. StorageError: the server does not answer.
     """
-    if spec.kind == "none":
+    if not spec.is_on:
         return NoRun()
     if spec.uri is not None and spec.uri.startswith("http"):
         check_reachable("tracking.uri", spec.uri, "tracking=none runs without")

@@ -16,11 +16,13 @@ from typing import Any
 from jobs.report.comparison import model_of
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri
-from jobs.tracking.reading import OpenedStore, lacks_file
+from jobs.tracking.reading import OpenedStore, check_installed, lacks_file
 from jobs.tracking.recorder import BEAT_S
 from loaders.errors import BadSpec
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
+
+WITHOUT = "runs='[FOLDER,...]' compares outputs without"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,11 @@ class Store:
 
     def __init__(self, spec: TrackingSpec, root: Path) -> None:
         uri, self.name = spec.uri or default_uri(root), spec.experiment
+        check_installed("tracking.uri", uri, WITHOUT)
         if lacks_file(uri):
             path = uri.removeprefix("sqlite:///")
             raise BadSpec(f"tracking.uri: no {path}; give output.root or tracking.uri as the jobs had it")
-        opened = OpenedStore("tracking.uri", uri, "runs='[FOLDER,...]' compares outputs without")
+        opened = OpenedStore("tracking.uri", uri, WITHOUT)
         self._client, self._reading, self.shown = opened.client, opened.reading, opened.shown
         with self._reading():
             found = self._client.get_experiment_by_name(spec.experiment)

@@ -26,12 +26,12 @@ from loaders.architectures.family import text_config
 from loaders.backends.machine import total_memory
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed, setting, settings_called
+from loaders.missing import MissingLibrary, absent, not_installed
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import digest, text_digest
 from loaders.storage.json_files import json_bytes, json_object
 from loaders.storage.local import free_bytes
-from loaders.words import listed
 
 # These modules import torch, which takes seconds.
 if TYPE_CHECKING:
@@ -80,19 +80,14 @@ def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan
         except BadSpec as error:
             cannot = f"{setting('evaluate')}: "
             said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
-            raise BadSpec(said) from None
+            raise (MissingLibrary if isinstance(error, MissingLibrary) else BadSpec)(said) from None
 
 
 def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
-    from importlib import util
-
     from loaders.models import runners
 
-    if missing := [name for name in ("torch", "transformers", "accelerate") if util.find_spec(name) is None]:
-        raise BadSpec(
-            f"verify={spec.kind}: the original runs in transformers, and"
-            f" {listed(missing, 'is', 'are')} not installed here: pip install 'weightmill[models]'"
-        )
+    if missing := absent(*runners.ORIGINAL.modules):
+        raise not_installed(f"verify={spec.kind}: running the original in transformers", missing)
     from loaders.models.evaluating import Reference
     from loaders.models.heads import width_of
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from loaders.backends.devices import NAMES, OTHER_BYTES, Backend, backend, best
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.near_misses import near
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.scheme import Scheme, searched_on
@@ -36,10 +37,8 @@ def kernels_of(backend: str) -> Kernels:
         from loaders.quantization.kernels.mlx_device import MlxKernels
 
         return MlxKernels()
-    try:
+    with needed_for(f"backend={backend}"):
         from loaders.quantization.kernels.torch_device import DeviceKernels
-    except ImportError as error:
-        raise BadSpec(f"backend={backend}: it needs torch ({error}): pip install 'weightmill[models]'") from error
     return DeviceKernels(backend)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from loaders.backends import machine
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.near_misses import near
 
 NAMES = ("cpu", "cuda", "mps", "mlx")
@@ -143,10 +144,8 @@ def torch_device(device: str) -> tuple[Any, Any]:
     Raises:
         BadSpec: torch is not installed, or finds no such device.
     """
-    try:
+    with needed_for(f"backend={device}"):
         import torch
-    except ImportError as error:
-        raise BadSpec(f"backend={device}: it needs torch ({error}): pip install 'weightmill[models]'") from error
     kind, _, index = device.partition(":")
     is_there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: not index,
@@ -168,10 +167,8 @@ def mlx_core() -> Any:
     Raises:
         BadSpec: it is not installed, or does not work here.
     """
-    try:
+    with needed_for("backend=mlx"):
         import mlx.core as mx
-    except ImportError as error:
-        raise BadSpec(f"backend=mlx: it needs mlx ({error}): pip install mlx, on Linux mlx[cpu]") from error
     return mx
 
 

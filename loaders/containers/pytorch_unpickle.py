@@ -1,18 +1,22 @@
 """The machine that runs a PyTorch file's pickle: it knows a few harmless names and calls nothing else.
 
 What comes of it are values: dicts, lists, texts, numbers, and descriptions of storages and tensors. A pickle that asks
-for more is `Refused`, one that no torch wrote raises what Python's own machine raises.
+for more is `Refused`, one that no torch wrote raises ValueError, IndexError, TypeError or KeyError. Operations and
+their arguments are read by Python's pickletools, which runs none of them; what they do is here.
 
-Formats: torch/serialization.py (persistent ids) and torch/_utils.py (_rebuild_tensor_v2, _v3).
+Formats: torch/serialization.py (persistent ids) and torch/_utils.py (_rebuild_tensor_v2, _v3); Python's pickletools.py,
+whose text says of each operation what it does.
 """
 
 from __future__ import annotations
 
 import collections
-import pickle
-from collections.abc import Callable, Iterable
+import pickletools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar
+from pickle import STOP
+from types import FunctionType
+from typing import IO, Any
 
 from loaders.dtypes import BY_TORCH_NAME, DTYPES, DType, Shape
 from loaders.limits import MOST_NUMBERS, PICKLE_ARGUMENTS, PICKLE_KEY, PICKLE_LINE, check_shape, shown
@@ -23,17 +27,9 @@ STORAGES = {
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
 }  # fmt: skip
 
-
-# Operations that build objects of arbitrary classes, beside REDUCE, which is narrowed below; and those that hash, or
-# take memory before they read.
-OBJECT_CODES = [
-    code[0]
-    for code in (
-        pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
-        pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
-        pickle.READONLY_BUFFER,
-    )
-]  # fmt: skip
+TOO_MANY = "more operations than weights need"
+SEQUENCE = (list, tuple)  # made once: a file has thousands of tensors
+PROTOCOL = 5  # the newest of pickle's, as of Python 3.14
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Refused(Exception):
 
 def unpickle(stream: IO[bytes], size: int, ops: int, storages: dict[str, Storage] | None = None) -> Any:
     """Run one pickle of the stream, of `size` bytes; `storages` collects those that it refers to, by key."""
-    return _Unpickler(_Bounded(stream, size, ops), {} if storages is None else storages).load()
+    return _Machine({} if storages is None else storages).run(_Bounded(stream, size, ops))
 
 
 class _Bounded:
@@ -71,125 +67,264 @@ class _Bounded:
     Each operation reads at least once, so that their number bounds the operations, and the memory that they take.
     """
 
+    __slots__ = ("_left", "_read", "_readline", "_size", "_tell")
+
     def __init__(self, stream: IO[bytes], size: int, ops: int) -> None:
-        self._stream = stream
+        self._read, self._readline, self._tell = stream.read, stream.readline, stream.tell
         self._size = size
         self._left = 2 * ops
 
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("more operations than weights need")
-
     def read(self, count: int) -> bytes:
-        self._count()
-        if count > 64 and count > self._size - self._stream.tell():
+        self._left = left = self._left - 1
+        if left < 0:
+            raise ValueError(TOO_MANY)
+        if count > 64 and count > self._size - self._tell():
             raise ValueError(f"{count} bytes, which the file does not have")
-        return self._stream.read(count)
+        return self._read(count)
 
     def readline(self) -> bytes:
-        self._count()
-        found = self._stream.readline(PICKLE_LINE)
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(TOO_MANY)
+        found = self._readline(PICKLE_LINE)
         if len(found) == PICKLE_LINE:
             raise ValueError(f"a line of {PICKLE_LINE} bytes")
         return found
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's own pickle machine with a closed list of names.
+class _Machine:
+    """The stack, the stacks below its marks, and the memo, on which operations work.
 
-    The one in C cannot be narrowed operation by operation, and can be made to allocate memory at will. A tuple can hold
-    itself twice, and that again, so that to hash, compare or print it takes for ever: keys are texts or small whole
-    numbers, and no value is printed. The hashes of large numbers can be made equal, which those of texts cannot.
+    A tuple can hold itself twice, and that again, so that to hash, compare or print it takes for ever: keys are texts
+    or small whole numbers, and no value is printed. The hashes of large numbers can be made equal, which those of texts
+    cannot.
     """
 
-    def __init__(self, stream: _Bounded, storages: dict[str, Storage]) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self.read: Callable[[int], bytes]
-        self.readline: Callable[[], bytes]
-        self.stack: list[Any]
-        self.memo: dict[int, Any]
-        self._storages = storages
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages = storages
 
-    def find_class(self, module: str, name: str) -> Any:
-        known = ALLOWED.get((module, name))
-        if known is not None:
-            return known
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return _StorageType(DTYPES[STORAGES[name]])
-        if module == "torch" and name in BY_TORCH_NAME:
-            return BY_TORCH_NAME[name]
-        raise Refused(f"{shown(module)}.{shown(name)}".replace("'", ""))
+    def run(self, stream: _Bounded) -> Any:
+        """Run operations up to STOP, and return what they leave on the stack."""
+        while (code := stream.read(1)) != STOP:
+            known = OPERATIONS.get(code)
+            if known is None:
+                raise ValueError(f"no operation {code!r}" if code else "it ends before its last operation")
+            read_argument, step = known
+            argument = None if read_argument is None else read_argument(stream)
+            if step is None:
+                self.stack.append(argument)
+            else:
+                step(self, argument)
+        return self.stack.pop()
 
-    def persistent_load(self, pid: Any) -> Storage:
-        if type(pid) is not tuple or len(pid) < 5:
-            raise ValueError(f"a persistent id that is {shown(pid)}")
-        kind, storage_type, key, _location, num_items = pid[:5]
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
-            raise ValueError("a persistent id of no storage")
-        if type(num_items) is not int or num_items < 0:
-            raise ValueError(f"a storage of {shown(num_items)} items")
-        if len(pid) > 5 and pid[5] is not None:
-            raise ValueError("it holds views of storages, a form that torch left in 2017; save it again")
-        return self._storages.setdefault(key, Storage(key, storage_type.dtype, num_items))
+    def above_mark(self) -> list[Any]:
+        """Take off what is above the last mark, and the mark."""
+        found = self.stack
+        self.stack = self.below.pop()
+        return found
 
-    # REDUCE and BUILD can call or change what is already there, and are narrowed; the other operations that build
-    # objects are refused.
+    def last(self, kind: type) -> Any:
+        """Return the last value of the stack, which an operation changes and which therefore must be of a kind."""
+        found = self.stack[-1]
+        if not isinstance(found, kind):
+            raise ValueError(f"a {kind.__name__} that is a {type(found).__name__}")
+        return found
 
-    def load_reduce(self) -> None:
-        # find_class allows only these names, but a storage type or dtype could be called too.
-        arguments = self.stack.pop()
-        function = self.stack[-1]
-        if not any(function is known for known in ALLOWED.values()):
-            raise Refused(f"a call of {shown(function)}")
-        if type(arguments) is not tuple or len(arguments) > PICKLE_ARGUMENTS:
-            raise ValueError(f"a call with {shown(arguments)}")
-        self.stack[-1] = function(*arguments)
 
-    def load_build(self) -> None:
-        self.stack.pop()  # state dicts carry attributes (`_metadata`) that say nothing of weights
-        if not isinstance(self.stack[-1], collections.OrderedDict):
-            raise Refused(f"changing {type(self.stack[-1]).__name__} objects")
+def _refuse(_: _Machine, __: object) -> None:
+    raise Refused("objects of other classes")
 
-    def load_frame(self) -> None:
-        """Read past a frame's length: Python's machine would take all of it in one read, past all counts and bounds."""
-        self.read(8)
 
-    def load_put(self) -> None:
-        index = int(self.readline())
-        if not 0 <= index <= PICKLE_KEY:
-            raise ValueError(f"a place in its memo that is {shown(index)}")
-        self.memo[index] = self.stack[-1]
+def _mark(machine: _Machine, _: None) -> None:
+    machine.below.append(machine.stack)
+    machine.stack = []
 
-    def load_setitem(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        self._as_python(pickle.SETITEM)
 
-    def load_setitems(self) -> None:
-        _check_keys(self.stack[::2])
-        self._as_python(pickle.SETITEMS)
+def _pop(machine: _Machine, _: None) -> None:
+    if machine.stack:
+        machine.stack.pop()
+    else:
+        machine.above_mark()
 
-    def load_dict(self) -> None:
-        _check_keys(self.stack[::2])
-        self._as_python(pickle.DICT)
 
-    def _as_python(self, code: bytes) -> None:
-        pickle._Unpickler.dispatch[code[0]](self)  # type: ignore[arg-type]
+def _gather(machine: _Machine, kind: Callable[[list[Any]], Any]) -> None:
+    values = machine.above_mark()
+    machine.stack.append(kind(values))
 
-    def load_other_object(self) -> None:
-        raise Refused("objects of other classes")
 
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        pickle.FRAME[0]: load_frame,
-        pickle.PUT[0]: load_put,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        **dict.fromkeys(OBJECT_CODES, load_other_object),
-    }
+def _protocol(_: _Machine, version: int) -> None:
+    if version > PROTOCOL:
+        raise ValueError(f"a pickle of protocol {version}, at most {PROTOCOL} is read")
+
+
+def _python_2_text(machine: _Machine, text: str) -> None:
+    """Push a text of Python 2, whose bytes pickletools takes for Latin-1; names of tensors are UTF-8."""
+    machine.stack.append(text.encode("latin-1").decode())
+
+
+def _tuple_of(count: int) -> Step:
+    def step(machine: _Machine, _: None) -> None:
+        if len(machine.stack) < count:
+            raise ValueError(f"a tuple of {count} values, of which there are {len(machine.stack)}")
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
+
+    return step
+
+
+def _append(machine: _Machine, _: None) -> None:
+    value = machine.stack.pop()
+    machine.last(list).append(value)
+
+
+def _extend(machine: _Machine, _: None) -> None:
+    values = machine.above_mark()
+    machine.last(list).extend(values)
+
+
+def _set_item(machine: _Machine, _: None) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    machine.last(dict).update(_pairs([key, value]))
+
+
+def _set_items(machine: _Machine, _: None) -> None:
+    values = machine.above_mark()
+    machine.last(dict).update(_pairs(values))
+
+
+def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Pair keys and values that alternate."""
+    _check_keys(values[::2])
+    return zip(values[::2], values[1::2], strict=True)
+
+
+def _put(machine: _Machine, index: int) -> None:
+    machine.memo[index] = machine.stack[-1]
+
+
+def _put_anywhere(machine: _Machine, index: int) -> None:
+    """Put a value into the memo at a place that is written in digits, and could be of any size."""
+    if not 0 <= index <= PICKLE_KEY:
+        raise ValueError(f"a place in its memo that is {shown(index)}")
+    _put(machine, index)
+
+
+def _get(machine: _Machine, index: int) -> None:
+    machine.stack.append(machine.memo[index])
+
+
+def _call(machine: _Machine, _: None) -> None:
+    """Call what may be called. The functions of ALLOWED are the only ones that get on a stack."""
+    arguments = machine.stack.pop()
+    function = machine.stack[-1]
+    if type(function) is not FunctionType:
+        raise Refused(f"a call of {shown(function)}")
+    if type(arguments) is not tuple or len(arguments) > PICKLE_ARGUMENTS:
+        raise ValueError(f"a call with {shown(arguments)}")
+    machine.stack[-1] = function(*arguments)
+
+
+def _leave_state(machine: _Machine, _: None) -> None:
+    """Drop an object's state: state dicts carry attributes (`_metadata`) that say nothing of weights."""
+    machine.stack.pop()
+    if not isinstance(machine.stack[-1], collections.OrderedDict):
+        raise Refused(f"changing {type(machine.stack[-1]).__name__} objects")
+
+
+def _global(machine: _Machine, words: str) -> None:
+    module, _, name = words.partition(" ")
+    machine.stack.append(_named(module, name))
+
+
+def _stack_global(machine: _Machine, _: None) -> None:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if type(name) is not str or type(module) is not str:
+        raise ValueError("a name that is no text")
+    machine.stack.append(_named(module, name))
+
+
+def _named(module: str, name: str) -> Any:
+    """Return what a name in a pickle stands for here. Nothing is imported."""
+    known = ALLOWED.get((module, name))
+    if known is not None:
+        return known
+    if module in ("torch", "torch.storage") and name in STORAGES:
+        return _StorageType(DTYPES[STORAGES[name]])
+    if module == "torch" and name in BY_TORCH_NAME:
+        return BY_TORCH_NAME[name]
+    raise Refused(f"{shown(module)}.{shown(name)}".replace("'", ""))
+
+
+def _persistent(machine: _Machine, _: None) -> None:
+    """Replace a persistent id, which torch makes of a storage, by that storage."""
+    pid = machine.stack.pop()
+    if type(pid) is not tuple or len(pid) < 5:
+        raise ValueError(f"a persistent id that is {shown(pid)}")
+    kind, storage_type, key, _location, num_items = pid[:5]
+    if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+        raise ValueError("a persistent id of no storage")
+    if type(num_items) is not int or num_items < 0:
+        raise ValueError(f"a storage of {shown(num_items)} items")
+    if len(pid) > 5 and pid[5] is not None:
+        raise ValueError("it holds views of storages, a form that torch left in 2017; save it again")
+    machine.stack.append(machine.storages.setdefault(key, Storage(key, storage_type.dtype, num_items)))
+
+
+def _persistent_text(machine: _Machine, text: str) -> None:
+    """Refuse a persistent id of protocol 0, which torch never wrote; a zip that is cut short begins as one."""
+    machine.stack.append(text)
+    _persistent(machine, None)
+
+
+Step = Callable[[_Machine, Any], None]
+# Operations whose argument is the value, and the others that weights need. All others are refused: those that build
+# objects of any class (INST, OBJ, NEWOBJ, NEWOBJ_EX, EXT1 and the like), and sets, which hash, and buffers.
+VALUES = (
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "UNICODE",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+)  # fmt: skip
+STEPS: dict[str, Step | None] = {
+    **dict.fromkeys(VALUES),
+    "NONE": lambda machine, _: machine.stack.append(None),
+    "NEWTRUE": lambda machine, _: machine.stack.append(True),
+    "NEWFALSE": lambda machine, _: machine.stack.append(False),
+    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _python_2_text),
+    "LIST": lambda machine, _: _gather(machine, list),
+    "DICT": lambda machine, _: _gather(machine, lambda values: dict(_pairs(values))),
+    "TUPLE": lambda machine, _: _gather(machine, tuple),
+    **{f"TUPLE{count}": _tuple_of(count) for count in (1, 2, 3)},
+    "APPEND": _append,
+    "APPENDS": _extend,
+    "SETITEM": _set_item,
+    "SETITEMS": _set_items,
+    "MARK": _mark,
+    "POP": _pop,
+    "POP_MARK": lambda machine, _: machine.above_mark().clear(),
+    "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
+    "PUT": _put_anywhere,
+    "MEMOIZE": lambda machine, _: _put(machine, len(machine.memo)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _get),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": _stack_global,
+    "PERSID": _persistent_text,
+    "BINPERSID": _persistent,
+    "REDUCE": _call,
+    "BUILD": _leave_state,
+    "PROTO": _protocol,
+    "FRAME": lambda machine, _: None,  # a length that says how much Python's own machine would read at once
+}  # fmt: skip
+
+# By its byte: what reads an operation's argument, and the step.
+OPERATIONS: dict[bytes, tuple[Callable[[Any], Any] | None, Step | None]] = {
+    each.code.encode("latin-1"): (None if each.arg is None else each.arg.reader, STEPS.get(each.name, _refuse))
+    for each in pickletools.opcodes
+}
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
@@ -212,7 +347,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: DType | N
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     sizes, steps = check_shape(shape), stride
-    is_whole = type(offset) is int and 0 <= offset <= MOST_NUMBERS and isinstance(steps, list | tuple)
+    is_whole = type(offset) is int and 0 <= offset <= MOST_NUMBERS and isinstance(steps, SEQUENCE)
     if not is_whole or len(sizes) != len(steps) or not all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in steps):
         raise ValueError(f"a tensor with offset {shown(offset)}, shape {shown(shape)}, stride {shown(stride)}")
     return Tensor(storage, dtype or storage.dtype, offset, sizes, tuple(steps))
@@ -235,14 +370,14 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 
 def _size(values: Any = ()) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple):
+    if not isinstance(values, SEQUENCE):
         raise ValueError(f"a size that is {shown(values)}")
     return tuple(values)
 
 
 def _ordered(rows: Any = ()) -> collections.OrderedDict[Any, Any]:
     """Make an OrderedDict; Python 2 gave its rows of keys and values to the call."""
-    if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple) and len(row) == 2 for row in rows):
+    if not isinstance(rows, SEQUENCE) or not all(isinstance(row, SEQUENCE) and len(row) == 2 for row in rows):
         raise ValueError("a dict of no rows")
     _check_keys(row[0] for row in rows)
     return collections.OrderedDict(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.models.config import Backend, LoadingStrategy, ModelLoadingConfig
 from loaders.models.quantization_config import QuantizationConfig, QuantizationMethod
 
@@ -42,7 +42,6 @@ __all__ = [
     "skeleton_of",
     "trained_weights",
 ]
-NEEDED = ("torch", "transformers", "accelerate")
 PLACES = {
     "adapters": ("save_adapter", "trained_weights"),
     "evaluating": ("Quality", "evaluate"),
@@ -62,9 +61,5 @@ def __getattr__(name: str) -> Any:
     place = next((module for module, names in PLACES.items() if name in names), None)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needed_for(f"loaders.models: {name}"):
         return getattr(import_module(f"{__name__}.{place}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDED:
-            raise
-        raise BadSpec(f"loaders.models: {name} needs {error.name}: pip install 'weightmill[models]'") from None

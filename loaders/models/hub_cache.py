@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.storage.address import Address
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -31,8 +32,9 @@ def folder_of(name_or_path: str | Path) -> Path:
         # Opening a path that is no folder gives the better message.
         return folder
     name = str(name_or_path)
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    with needed_for(f"name_or_path: {name} of the Hub's cache"):
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub: Any = huggingface_hub
     try:

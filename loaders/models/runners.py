@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from importlib import import_module, metadata, util
+from importlib import import_module, metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,13 @@ import numpy as np
 
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.missing import absent, not_installed
 from loaders.models.engine_runners import Runner, Running, llama_cpp_runner, mlx_runner
 from loaders.models.foreign import hqq_model_from, model_from
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
-from loaders.words import listed
 
 METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
-INSTALLED_BY = {
-    "torch": "'weightmill[models]'",
-    "transformers": "'weightmill[models]'",
-    "accelerate": "'weightmill[models]'",
-    "llama_cpp": "'weightmill[llama-cpp]'",
-    "mlx_lm": "mlx-lm",
-    "compressed_tensors": "compressed-tensors",
-}
 POOLER = re.compile(r"(^|\.)pooler\.")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # What engines raise for files that they cannot load, or when memory is short. They have no common error class, and a
@@ -59,7 +51,7 @@ class Engine:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        return tuple(name for name in self.modules if util.find_spec(name) is None)
+        return absent(*self.modules)
 
     @property
     def described(self) -> str:
@@ -131,11 +123,7 @@ def check_engine(engine: Engine, device: str, what: str) -> None:
         BadSpec: the engine is not installed, or cannot use the device.
     """
     if engine.missing:
-        wanted = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in engine.missing))
-        raise BadSpec(
-            f"{setting('evaluate')}: {what} runs in {engine.name}, and"
-            f" {listed(engine.missing, 'is', 'are')} not installed here: pip install {wanted}"
-        )
+        raise not_installed(f"{setting('evaluate')}: running {what} in {engine.name}", engine.missing)
     found = device_of(engine, "auto") if device not in ("auto", "cpu") else device
     if found != device:
         raise BadSpec(f"{setting('device')}: {engine.name} here has no {device}; device=auto takes what there is")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.missing import needed_for
 from loaders.models.foreign import model_from, tokenizer_from
 from loaders.quantization.importance import Importance
 
@@ -40,12 +41,10 @@ def importances_of(
         BadSpec: the text has too few tokens, or transformers is not installed.
         BadCheckpoint: transformers cannot load the model, or it is not a language model.
     """
-    try:
+    with needed_for(setting("calibration")):
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
-    except ImportError as error:
-        raise BadSpec(f"{setting('calibration')}: needs {error.name}: pip install 'weightmill[models]'") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         auto: Any = AutoModelForCausalLM

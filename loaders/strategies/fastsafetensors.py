@@ -22,6 +22,7 @@ from loaders.backends.arrays import Told, placer, storage_shape
 from loaders.backends.devices import torch_device
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, WeightmillError
+from loaders.missing import needed_for
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
@@ -39,12 +40,8 @@ def library() -> Any:
     Raises:
         BadSpec: it is not installed, or is older than NEEDED.
     """
-    try:
+    with needed_for("strategy=fastsafetensors"):
         import fastsafetensors
-    except ImportError as error:
-        raise BadSpec(
-            f"strategy=fastsafetensors: it is not installed ({error}): pip install 'weightmill[fastsafetensors]'"
-        ) from error
     version = importlib.metadata.version("fastsafetensors")
     if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
         raise BadSpec(f"strategy=fastsafetensors: expected version 0.5 or later, found {version}; upgrade it")

@@ -17,6 +17,7 @@ import numpy as np
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.faults import not_positive
+from loaders.missing import needed_for
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
@@ -33,10 +34,8 @@ def streamer() -> Any:
     Raises:
         BadSpec: it is not installed.
     """
-    try:
+    with needed_for("strategy=runai"):
         from runai_model_streamer.file_streamer import FileStreamer
-    except ImportError as error:
-        raise BadSpec(f"strategy=runai: it is not installed ({error}): pip install 'weightmill[runai]'") from error
     return FileStreamer()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loaders.containers.gguf_types import check_metadata
-from loaders.containers.pytorch_unpickle import unpickle
+from loaders.containers.pytorch_unpickle import Refused, unpickle
 from loaders.containers.safetensors import _spec
 from loaders.errors import BadCheckpoint
 from tests.making import weights, write_checkpoint
@@ -137,6 +137,35 @@ def test_a_pickle_chooses_neither_time_nor_memory(name: str) -> None:
 def test_a_pickle_in_frames_is_read() -> None:
     made = pickle.dumps({"a": [1] * 1000, 7: "b" * 100_000}, protocol=4)
     assert unpickle(io.BytesIO(made), len(made), 1 << 18) == {"a": [1] * 1000, 7: "b" * 100_000}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_are_read_as_python_reads_them(protocol: int) -> None:
+    rows = [{"é": 1.5, 2: "x\ny\u2028"}, [], (1, 2, 3), (1,), (), None, True, False, b"raw", "t" * 300]
+    given = [*rows, 255, 65_536, -1, 1 << 40, -(1 << 2000), float("inf"), (1, (2, [3])), rows[0], ["a"] * 3]
+    made = pickle.dumps(given, protocol)
+    if protocol > 2:
+        found = unpickle(io.BytesIO(made), len(made), 1 << 18)
+        assert (found, found[0] is found[17]) == (given, True)
+    else:  # which have no bytes, and write them as a call
+        with pytest.raises(Refused, match="_codecs.encode"):
+            unpickle(io.BytesIO(made), len(made), 1 << 18)
+        del given[8]
+        made = pickle.dumps(given, protocol)
+        assert unpickle(io.BytesIO(made), len(made), 1 << 18) == given
+
+
+ODD = (
+    b"Na.", b"}]a.", b"(N(Ne.", b"]K\x00Ns.", b"](K\x00Nu.", b"}(N1u.", b"}K\x00b.", b"(NK\x00d", b"0.", b"\x85.",
+    b"N\x86.", b"h\x00.", b"\xff.", b"K", b"", b"N", b"\x80\x06N.", b"Pa\n.", b"ca\nb\n.", b"\x8e" + b"\xff" * 8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("made", ODD)
+def test_an_operation_on_what_it_is_not_for_is_refused(made: bytes) -> None:
+    """Some of these Python's machine would try: to append to whatever has an `append`, and the like."""
+    with pytest.raises((ValueError, IndexError, KeyError, Refused)):
+        unpickle(io.BytesIO(made), len(made), 1 << 18)
 
 
 def test_offsets_of_another_type_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,8 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         (mute / name).unlink()
     with pytest.raises(BadSpec, match="no tokenizer that transformers loads"):
         evaluating.read_windows(open_checkpoint(mute))
-    monkeypatch.setattr(runners.util, "find_spec", lambda name: None if name == "llama_cpp" else name)
-    with pytest.raises(BadSpec, match=r"llama_cpp is not installed here: pip install 'weightmill\[llama-cpp\]'"):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(BadSpec, match=r"llama_cpp, which is not installed: pip install 'weightmill\[llama-cpp\]'"):
         runners.check_engine(runners.engine_of("gguf", None), "cpu", "the output")
     with pytest.raises(BadSpec, match="checkpoints of gptq are not run here"):
         runners.engine_of("hf", {"quantization_config": {"quant_method": "gptq"}})

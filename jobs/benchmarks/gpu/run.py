@@ -26,6 +26,7 @@ from jobs.benchmarks.gpu.trials import Bench, Found, Row, Trial, tried
 from jobs.cli.verb import FAILED, Said, note, show
 from loaders.backends.devices import torch_device
 from loaders.errors import BadSpec, WeightmillError
+from loaders.missing import absent, not_installed
 
 LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "fastsafetensors", "hqq", "numpy", "numba")
 
@@ -89,13 +90,15 @@ def _check_device(device: str, chosen: Sequence[str]) -> None:
     needing = [name for name in chosen if name not in WITHOUT_GPU]
     if not needing:
         return
+    rest = f"parts=[{','.join(WITHOUT_GPU)}] needs no GPU"
+    if lacks := absent("torch"):
+        raise not_installed(f"device={device}", lacks, rest)
     try:
         torch_device(device)
     except BadSpec as error:
-        found = "torch finds no such device here" if importlib.util.find_spec("torch") else "torch is not installed"
         raise WeightmillError(
-            f"device={device}: {found}; device=cpu tries all of it on torch's CPU device,"
-            f" parts=[{','.join(WITHOUT_GPU)}] needs no GPU"
+            f"device={device}: torch finds no such device here; device=cpu tries all of it on torch's CPU device,"
+            f" {rest}"
         ) from error
 
 

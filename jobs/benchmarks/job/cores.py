@@ -24,6 +24,7 @@ from jobs.benchmarks.busy_machine import Busy, machine, warning
 from jobs.benchmarks.commands import job_command, on_cores, ours, run_command
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
+from jobs.report.plots import drawn
 from jobs.report.tables import table
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
@@ -79,7 +80,7 @@ def time_cores(
         row["kernels_gbps"] = statistics.median(row["kernels_gbps"])
         first = next(each for each in rows if each["quant"] == row["quant"])
         row["ideal_gbps"] = first["work_gbps"] * row["cores"] / first["cores"]
-    plot = draw(rows, root / f"cores-{source.name}.png")
+    plot = drawn(root / f"cores-{source.name}.png", lambda path: draw(rows, path))
     about = {"source": str(source), "bytes": size, "repeats": repeats, "usable_cores": len(usable)}
     return _said(rows, busy.document(), about, plot, [count for count in cores if count > len(usable)])
 
@@ -182,8 +183,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def _said(
-    rows: Sequence[Mapping[str, Any]], taken: dict[str, Any], about: Mapping[str, Any], plot: Path, left: Sequence[int]
-) -> Said:
+    rows: Sequence[Mapping[str, Any]], taken: dict[str, Any], about: Mapping[str, Any], plot: Path | None,
+    left: Sequence[int],
+) -> Said:  # fmt: skip
     rates = ("command GB/s", "work GB/s", "ideal", "of the ideal", "kernels alone", "parallel copy")
     titles = ("cores", "command s", "work s", *rates)
     shown = table("", *titles, keys=2, right=titles)
@@ -196,8 +198,7 @@ def _said(
     here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
     fewer = [f"not run, since there are not so many cores: {', '.join(map(str, left))}"] if left else []
-    text = Group(
-        f"{here}; {lines}", shown, *fewer, f"plot: {plot}", *([] if said is None else [Text(said, style="yellow")])
-    )
-    document = {"status": "done", "machine": here, "busy": taken, **about, "rows": list(rows), "plot": str(plot)}
-    return Said({**document, "not_run": list(left)}, text)
+    drew = [] if plot is None else [f"plot: {plot}"]
+    text = Group(f"{here}; {lines}", shown, *fewer, *drew, *([] if said is None else [Text(said, style="yellow")]))
+    document = {"status": "done", "machine": here, "busy": taken, **about, "rows": list(rows)}
+    return Said({**document, "plot": None if plot is None else str(plot), "not_run": list(left)}, text)

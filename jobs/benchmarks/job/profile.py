@@ -32,6 +32,7 @@ from jobs.cli.verb import Said, note
 from jobs.report.tables import Table, table
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, StorageError
+from loaders.missing import not_installed
 from loaders.places import DEMO
 from loaders.storage.hashes import hash_file
 
@@ -100,7 +101,7 @@ def py_spy() -> str:
     """
     found = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
-        raise BadSpec("profile: py-spy is not installed: pip install 'weightmill[bench]'")
+        raise not_installed("profile", ["py_spy"])
     # py-spy's exit status tells whether the system allows it.
     tried = subprocess.run(
         [found, "record", "-d", "1", "-r", "20", "-f", "raw", "-o", os.devnull, "--",

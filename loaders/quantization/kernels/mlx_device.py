@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.kernels.mlx import affine
@@ -41,10 +42,8 @@ class MlxKernels(CpuKernels):
     """The encoders of MLX's formats on mlx's default device. The other encoders are the CPU's."""
 
     def __init__(self) -> None:
-        try:
+        with needed_for("backend=mlx"):
             import mlx.core as mx
-        except ImportError as error:
-            raise BadSpec(f"backend=mlx: it needs mlx ({error}): pip install mlx, on Linux mlx[cpu]") from error
         self._mx = mx
         if not _gives_the_same_bytes():
             raise BadSpec(

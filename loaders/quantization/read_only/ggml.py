@@ -14,6 +14,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
 
@@ -68,10 +69,8 @@ def decode_blocks(name: str, data: np.ndarray, out: np.ndarray) -> None:
 def _reader(name: str) -> Any:
     """Return the gguf package's decoder of a type."""
     assert name in GGML_READ_BLOCKS, name
-    try:
+    with needed_for(f"decoding weights of ggml's type {name}"):
         import gguf
-    except ImportError:
-        raise BadSpec(f"weights of ggml's type {name} are decoded with the gguf package; pip install gguf") from None
     kind = getattr(gguf.GGMLQuantizationType, name, None)
     if kind is None or kind not in gguf.quants._type_traits:
         raise BadSpec(f"the gguf package that is installed does not decode ggml's type {name}; pip install -U gguf")

@@ -1,6 +1,8 @@
 """The cache that huggingface_hub keeps on this machine: models--OWNER--NAME/, with refs/, snapshots/COMMIT/ and blobs/.
 
-It is only read here. A file in it is a link to a blob that is named by the file's hash.
+It is only read here. A file in it is a link to a blob that is named by the file's hash. huggingface_hub documents this
+form ("Understand caching"). Its own functions do not serve who is offline: snapshot_download (2.4) refuses a commit of
+which the cache has some files only, and scan_cache_dir looks at every file of every repository.
 """
 
 from __future__ import annotations

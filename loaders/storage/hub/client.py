@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from loaders.errors import BadSpec, StorageError
+from loaders.missing import needed_for
 from loaders.storage.address import without_secrets
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import current
@@ -207,10 +208,8 @@ def hub() -> HubClient:
         BadSpec: huggingface_hub is not installed, or HF_ENDPOINT is no URL.
     """
     _check_endpoint(os.environ.get("HF_ENDPOINT", ""))  # first: huggingface_hub fails on some when it is imported
-    try:
+    with needed_for("hf://"):
         from huggingface_hub import constants, utils
-    except ImportError:
-        raise BadSpec("hf:// needs huggingface_hub: pip install 'weightmill[stores]'") from None
     library: Any = utils
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
     headers = library.build_hf_headers(library_name="weightmill")

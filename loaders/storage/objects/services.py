@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from loaders.errors import BadSpec
+from loaders.missing import needed_for
 from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
 
@@ -82,10 +83,8 @@ def service_of(scheme: str, bucket: str, settings: StoreSettings) -> Service:
 @contextmanager
 def libraries(scheme: str) -> Iterator[None]:
     """Say what to install if a library is missing that the block imports."""
-    try:
+    with needed_for(f"{scheme}://"):
         yield
-    except ImportError as error:
-        raise BadSpec(f"{scheme}:// needs {error.name}: pip install 'weightmill[stores]'") from None
 
 
 def _options(settings: StoreSettings, url: str | None, patience_s: float | None) -> dict[str, Any]:

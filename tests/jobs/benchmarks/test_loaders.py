@@ -70,7 +70,9 @@ def test_a_strategy_that_does_not_work_here_is_a_row_that_says_so(
     monkeypatch.setitem(sys.modules, "runai_model_streamer.file_streamer", None)
     document = loader_timings.measure(str(source), ["lazy", "runai"], 1, cold=False)
     [row] = [row for row in document["rows"] if row["case"] == "strategy=runai"]
-    assert row["missing"].startswith("BadSpec: strategy=runai: it is not installed")
+    assert row["missing"].startswith(
+        "MissingLibrary: strategy=runai needs runai_model_streamer, which is not installed"
+    )
     assert "strategy=runai" not in document["ratios"]["warm"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,9 @@ def test_nothing_begins_that_cannot_be_judged(
         assert ran.status == 2, ran.err
         assert said in ran.err
         assert ran.err.count("\n") == 1
-    monkeypatch.setattr("loaders.models.runners.util.find_spec", lambda name: None if name == "mlx_lm" else name)
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
     ran = weightmill("run", out, *LOGITS, "quant=mlx_int4")
-    assert "mlx_lm is not installed here: pip install mlx-lm; or verify=strict" in ran.err
+    assert "mlx_lm, which is not installed: pip install mlx-lm; or verify=strict" in ran.err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
 
 

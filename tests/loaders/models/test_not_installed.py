@@ -17,7 +17,7 @@ INSTALL = "pip install 'weightmill[models]'"
     ("code", "said"),
     [
         ("from loaders.models import load_model_and_tokenizer", "loaders.models: load_model_and_tokenizer needs torch"),
-        ("from loaders.backends.devices import torch_device; torch_device('cpu')", "backend=cpu: it needs torch"),
+        ("from loaders.backends.devices import torch_device; torch_device('cpu')", "backend=cpu needs torch"),
     ],
 )
 def test_it_says_what_to_install(code: str, said: str) -> None:

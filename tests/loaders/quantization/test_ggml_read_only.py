@@ -96,7 +96,8 @@ def test_without_the_gguf_package_they_are_refused() -> None:
         "check_readable('IQ2_S')\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "BadSpec: weights of ggml's type IQ2_S are decoded with the gguf package; pip install gguf" in ran.stderr
+    said = "decoding weights of ggml's type IQ2_S needs gguf, which is not installed: pip install 'weightmill[gguf]'"
+    assert f"MissingLibrary: {said}" in ran.stderr
 
 
 def test_a_type_that_the_package_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The reader of SentencePiece's tokenizer.model: the pieces of its vocabulary, and the settings that matter here.
 
 The file is a protobuf message (sentencepiece, src/sentencepiece_model.proto: ModelProto). Only what is needed is read,
-which takes no protobuf library. No length or number is trusted beyond the bytes that are left.
+which takes no protobuf library. No length or number is trusted beyond the bytes that are left. sentencepiece itself
+(0.2.3) would not do: its processor tells neither which tokens are a user's, nor the kind of model, nor what its
+normalizer does.
 """
 
 from __future__ import annotations
