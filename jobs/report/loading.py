@@ -167,7 +167,11 @@ def _mlx(subject: Subject) -> Loading:
 
 
 def _gguf(subject: Subject) -> Loading:
-    first = f"{subject.where}/{subject.target.finals[0].name}"
+    target = subject.target
+    # Of a split GGUF the first part is loaded, which has the metadata and no tensors.
+    small = () if target.assembly is None else target.assembly.made
+    names = [*(file.name for file in target.finals), *(name for name in small if name.endswith(".gguf"))]
+    first = f"{subject.where}/{min(names)}"
     is_causal = _is_causal(subject.config)
     program = "llama-cli" if is_causal else "llama-embedding"
     code = [

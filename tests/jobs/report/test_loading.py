@@ -112,3 +112,13 @@ def test_the_help_of_a_choice_says_who_loads_it(capsys: pytest.CaptureFixture[st
     for who in ("hqq", "mlx-lm", "llama.cpp", "vLLM, and transformers", "moeflux"):
         assert f"loaded by: {who}" in said
     assert "not by: transformers, vLLM, llama.cpp" in said
+
+
+def test_of_a_split_gguf_the_first_part_is_loaded(weightmill: Any, tmp_path: Path) -> None:
+    ran = weightmill(
+        "run", "quant=gguf_q8_0", "output.split=true", "unit_mb=0.5", f"output.path={tmp_path / 'out'}", "format=text"
+    )
+    assert ran.status == 0, ran.err
+    first = min(path.name for path in (tmp_path / "out").glob("*.gguf"))
+    assert "-00001-of-" in first
+    assert f"/{first} -p Hello" in ran.out
