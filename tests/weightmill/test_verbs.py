@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_an_experiment_may_be_a_sweep(folder: Path) -> None:
         ({"model": "nowhere/at/all"}, "nowhere/at/all", "model.path", None),
         ({"output.root": "${oc.env:HOME}/${x}"}, None, None, None),
     ],
-    ids=str,
+    ids=lambda given: re.sub(r" at 0x[0-9a-f]+", "", str(given)),
 )
 @pytest.mark.quick
 def test_what_cannot_be_is_an_exception_with_the_fields_of_its_text(
