@@ -161,7 +161,10 @@ class Verb(Generic[S]):
 
     def _sweep(self, request: Request, as_json: bool) -> int:
         if self.sweep is None:
-            raise BadSpec(f"-m: {self.name} does one thing at a time; only run sweeps")
+            raise BadSpec(
+                f"-m: {self.name} does one thing at a time: give it one of the choices; weightmill run -m sweeps, and"
+                " says what its plans warn of before it begins"
+            )
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             said = self.sweep(self.config or self.name, request)
         return say(said, as_json)

@@ -28,7 +28,7 @@ from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of
-from loaders.backends.machine import disk_bytes_fetched, max_open_files
+from loaders.backends.machine import disk_bytes_fetched, is_contained, max_open_files
 from loaders.backends.memory import PeakMemory, no_collection, spared
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import StorageError, VerifyFailed, WeightmillError
@@ -191,7 +191,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             started=started,
             wall_s=time.perf_counter() - began,
             peak_bytes=memory.peak_bytes,
-            peak_working_set_bytes=memory.peak_working_set_bytes,
+            peak_working_set_bytes=memory.peak_working_set_bytes if is_contained() else None,
             cluster=description,
             strategy=strategy.name,
             jobs=len(jobs),

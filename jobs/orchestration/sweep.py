@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict
@@ -205,6 +205,7 @@ class Sweep:
             source = group[0].planned.plan
             size = tables.size(source.source_bytes)
             note(f"  {source.checkpoint.address}, {size}: {', '.join(j.planned.journal.output.name for j in group)}")
+        self._warn({number: planned[number] for number in planned if number not in old})
         self._reads += run_all(groups, self._recorder)
         for job in jobs:
             assert job.outcome is not None
@@ -216,6 +217,15 @@ class Sweep:
                 job.outcome.then()
         for number, found in adopted.items():
             self._run_ids[number] = found.result() if found.exception() is None else None
+
+    def _warn(self, planned: Mapping[int, Planned]) -> None:
+        """Say what plans warn of, before the work; what several warn of in the same words, once."""
+        of: dict[str, list[str]] = {}
+        for plan in planned.values():
+            for warning in plan.target.warnings:
+                of.setdefault(warning, []).append(plan.journal.output.name)
+        for warning, names in of.items():
+            note(in_a_line(f"warning: {'' if len(names) == len(planned) else ', '.join(names) + ': '}{warning}"))
 
     def _begin(self, planned: dict[int, Planned]) -> None:
         """Open the sweep's own run, before those of its jobs, if there is one to track."""
@@ -258,8 +268,9 @@ class Sweep:
         models = compared.document(0)
         page, written = self._page(), self._finish(compared)
         reads: list[RenderableType] = [
-            f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
+            f"{read.source}: {tables.size(read.bytes_read)} read of {tables.size(read.source_bytes)} for"
             f" {counted(read.jobs, 'job')} in {read.wall_s:.2f} s"
+            + (", once" if read.bytes_read <= read.source_bytes else ", under two sets of names, each once")
             + (f"; the kernel fetched {tables.size(read.disk_bytes)} from disks" if read.disk_bytes is not None else "")
             for read in self._reads
         ]

@@ -64,11 +64,13 @@ def loading_of(plan: Plan, target: TargetPlan, where: str = "DIR") -> Loading:
 
 # engine of the schemes -> who loads them, what to install, and who does not load them
 BY_ENGINE = {
-    "bitsandbytes": ("transformers with bitsandbytes", "transformers bitsandbytes", "mlx-lm, llama.cpp"),
+    "bitsandbytes": ("transformers with bitsandbytes", "transformers accelerate bitsandbytes", "mlx-lm, llama.cpp"),
     "bitnet": ("transformers (its quantization `bitnet`)", "transformers accelerate", "mlx-lm, llama.cpp"),
-    "hqq": ("transformers 4 with hqq", "'transformers<5' hqq", "transformers 5, vLLM, mlx-lm, llama.cpp"),
+    "hqq": ("transformers 4 with hqq", "'transformers<5' accelerate hqq", "transformers 5, vLLM, mlx-lm, llama.cpp"),
     "compressed-tensors": (
-        "vLLM, and transformers with compressed-tensors", "transformers compressed-tensors", "mlx-lm, llama.cpp",
+        "vLLM, and transformers with compressed-tensors",
+        "transformers accelerate compressed-tensors",
+        "mlx-lm, llama.cpp",
     ),
     "plain": ("transformers", "transformers", ""),
 }  # fmt: skip
@@ -199,7 +201,7 @@ def _diffusers(subject: Subject) -> Loading:
     name = "DiffusionPipeline" if subject.plan.checkpoint.components else class_of(subject.config) or "AutoModel"
     name = name if name.isidentifier() else "AutoModel"
     code = [
-        "# pip install diffusers transformers bitsandbytes",
+        "# pip install diffusers transformers accelerate bitsandbytes",
         f"from diffusers import {name}",
         "",
         f"model = {name}.from_pretrained({json.dumps(subject.where)})",

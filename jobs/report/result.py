@@ -116,7 +116,8 @@ def findings_text(found: Sequence[Finding | LintFinding], warnings: Sequence[str
     others = [Text(f"warning: {warning}", style="yellow") for warning in warnings if warning not in same]
     if not found and not others:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")
-    return Group(*(_finding(finding) for finding in found), *others)
+    is_loaded = [] if any(each.level == "fault" for each in found) else [Text("no faults were found", style="green")]
+    return Group(*(_finding(finding) for finding in found), *others, *is_loaded)
 
 
 def _finding(finding: Finding | LintFinding) -> RenderableType:

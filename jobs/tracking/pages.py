@@ -32,9 +32,9 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     For a store that no server serves, it is the command that does, and what finds the sweep's view there.
     """
     uri = without_secrets(spec.uri or default_uri(root))
-    if not uri.startswith("http"):
-        return f"compare: {how_to_open(uri)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
     listed = f"#/experiments/{experiment}/runs?{TRAINING}"
+    if not uri.startswith("http"):
+        return f"compare: {how_to_open(uri, listed)}{f'; the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
     if sweep is not None:
         page = f"{listed}&compareRunsMode=CHART&viewStateShareKey={quote(sweep)}"
     elif len(runs) > COMPARED:
@@ -45,13 +45,13 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     return f"compare: {uri.rstrip('/')}/{page}"
 
 
-def how_to_open(uri: str) -> str:
+def how_to_open(uri: str, page: str = "") -> str:
     """Say how the page of a store is opened that no server serves yet; a database below here is named from here."""
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and path.is_relative_to(Path.cwd()):
         uri = f"sqlite:///{path.relative_to(Path.cwd())}"
     install = "" if all(map(find_spec, SERVED_BY)) else "pip install 'weightmill[ui]', then "
-    return f"{install}mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000"
+    return f"{install}mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000/{page}"
 
 
 def registered_lines(registered: str | None) -> list[Text]:

@@ -91,6 +91,11 @@ def _limits(cgroup: Path = CGROUP) -> list[tuple[int, int]]:
     return found
 
 
+def is_contained() -> bool:
+    """Whether this is a container of limited memory, or a pod of Kubernetes, whose cgroup counts nothing else."""
+    return bool(_limits()) or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
 def max_open_files() -> int:
     """Raise this process's limit of open files to the hard limit, and return it; the old one if that is refused."""
     import resource

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.architectures.family import text_config
+from loaders.architectures.family import load_dtype, text_config
 from loaders.architectures.family_files import known_types
 from loaders.architectures.layers import LAYERS, MOST
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
@@ -67,6 +67,8 @@ class MlxLayout:
         if problem:
             raise BadSpec(f"{setting('checkpoint')}: {problem}")
         cast_to, placed = convert_dtype(checkpoint.config), []
+        if checkpoint.container == "gguf":  # whose blocks have no dtype: the model's is what mlx-lm would have read
+            cast_to = load_dtype(checkpoint.config)
         for decision in decisions:
             tensor, encoding = decision.tensor, decision.encoding
             if encoding is None:

@@ -72,6 +72,15 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
         found += packed.check(subject)
     elif check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
+    elif check is not None and method not in BY_FILES:
+        found.append(
+            fault(
+                "transformers",
+                f"weights are stored as {method} packs them, and config.json has no quantization_config",
+                "takes their codes for plain weights: it fails, or computes with random ones",
+                "put quantization_config back, from where the checkpoint came from, or quantize the model again",
+            )
+        )
     elif method is not None and method != "gguf":
         found.append(
             warning(

@@ -199,3 +199,31 @@ def test_matrices_that_mlx_leaves_alone_are_named_with_the_groups_that_fit(weigh
     assert "groups of 128 do not divide rows of 64" in ran.out
     assert "quant.group_size=64 fits all" in ran.out
     assert "stay plain" not in weightmill("plan", f"model.path={model}", "quant=mlx_int4", "quant.group_size=64").out
+
+
+def test_mlx_gets_of_a_gguf_what_the_plain_bfloat16_checkpoint_gives_it(
+    weightmill: Any, tmp_path: Path, gguf: Path
+) -> None:
+    plain = tmp_path / "plain"
+    assert weightmill("run", f"model.path={gguf}", f"output.path={plain}", "quant=none").status == 0
+    found = []
+    for source in (gguf, plain):
+        out = tmp_path / f"{source.name}-mlx"
+        assert weightmill("run", f"model.path={source}", f"output.path={out}", "quant=mlx_int4").status == 0
+        found.append(read_safetensors(out))
+    assert {name: (raw.dtype, raw.data.tobytes()) for name, raw in found[0].items()} == {
+        name: (raw.dtype, raw.data.tobytes()) for name, raw in found[1].items()
+    }
+    assert {raw.dtype for name, raw in found[0].items() if name.endswith("scales")} == {"BF16"}
+
+
+def test_a_sweep_warns_before_the_work_of_what_its_plans_do(weightmill: Any, tmp_path: Path, gguf: Path) -> None:
+    asked = ("-m", f"model.path={gguf}", f"output.root={tmp_path / 'outs'}")
+    ran = weightmill("run", *asked, "quant=nf4,fp4")
+    assert ran.status == 0, ran.err
+    said = [line for line in ran.err.splitlines() if "quantized again" in line]
+    assert len(said) == 1  # the same of both
+    assert said[0].startswith("warning: ")
+    ran = weightmill("run", *asked, "quant=none,int8", "quant.dtype=float32")
+    larger = [line for line in ran.err.splitlines() if "larger than the source" in line]
+    assert all("-none: " in line for line in larger)

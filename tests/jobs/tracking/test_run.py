@@ -146,7 +146,10 @@ def test_pages_of_mlflow_are_addressed_as_one_pastes_them(monkeypatch: pytest.Mo
     assert many == "compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
     monkeypatch.setattr(pages, "SERVED_BY", ("sys",))
     own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
-    assert own == "compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db, and then http://127.0.0.1:5000"
+    assert (
+        own
+        == "compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db, and then http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+    )
     here = compare_page(TrackingSpec(kind="mlflow"), Path.cwd() / "out", [str(n) for n in range(30)], "1", "sweep-1")
     monkeypatch.setattr(pages, "SERVED_BY", ("sys", "no_such_module"))
     bare = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")

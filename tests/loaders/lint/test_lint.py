@@ -70,6 +70,7 @@ def test_sizes_that_stop_bitsandbytes_on_some_cpus_are_doubted(
         (lambda config: config.update(auto_map={"AutoModel": "modeling_x.Y"}), "not there: modeling_x.py"),
         (lambda config: config.update(tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens"),
         (lambda config: config["quantization_config"].update(quant_method="magic"), "quantized by magic"),
+        (lambda config: config.pop("quantization_config"), "config.json has no quantization_config"),
     ],
 )
 def test_a_config_that_misleads_the_engine(change: Any, what: str, output: Path, weightmill: Any) -> None:
