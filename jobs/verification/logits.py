@@ -86,8 +86,10 @@ def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan
 def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
     from loaders.models import runners
 
-    if missing := absent(*runners.ORIGINAL.modules):
-        raise not_installed(f"verify={spec.kind}: running the original in transformers", missing)
+    if absent(*runners.ORIGINAL.modules):
+        engine = runners.engine_of(target.target.layout.name, target.config)
+        missing = absent(*dict.fromkeys((*runners.ORIGINAL.modules, *engine.modules)))
+        raise not_installed(f"verify={spec.kind}: running the original and the output", missing)
     from loaders.models.evaluating import Reference
     from loaders.models.heads import width_of
 

@@ -89,8 +89,8 @@ REFUSED = {
         f" install 'weightmill[mlflow]'; {NONE}"
     ),
     ("run", "verify=logits"): (
-        "verify=logits: running the original in transformers needs torch, transformers, accelerate, which are not"
-        " installed: pip install 'weightmill[models]'; or verify=strict, which runs nothing"
+        "verify=logits: running the original and the output needs torch, transformers, accelerate, bitsandbytes, which"
+        " are not installed: pip install 'weightmill[models]' bitsandbytes; or verify=strict, which runs nothing"
     ),
     ("run", "quant=auto", "quant.engine=mlx", "quant.target_bits=4.25", "quant.calibration=self"): (
         "quant.calibration needs torch, transformers, which are not installed: pip install 'weightmill[models]'"
