@@ -108,7 +108,7 @@ def load_as(auto: Any, checkpoint: Checkpoint, device: str, *, dtype: str, decod
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """Load the tokenizer in a checkpoint's folder, or that of a GGUF; None if there is none, of a GGUF with a warning."""
+    """Load the tokenizer of a checkpoint's folder, or of a GGUF; None without one, for a GGUF with a warning."""
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if any(checkpoint.source.find(name) is not None for name in files):
         with small_files(checkpoint) as folder:

@@ -65,11 +65,12 @@ COMPUTES_ALONE = (QuantizationMethod.BNB_NF4, QuantizationMethod.BNB_FP4)
 class QuantizationConfig:
     """A method of quantization and its sizes.
 
-    method: a `QuantizationMethod`, its value ("bnb_nf4"), or the name of a preset ("nf4", "hqq4"). bits: of a weight's code; the method's own by default, 4
-    with HQQ, which alone has a choice. group_size: weights that share a scale; 64 by default, and none with BNB_INT8,
-    where each row has one. compute_dtype: of the products ("bfloat16"); by default the model's dtype. Modules of
-    other methods than bitsandbytes' of 4 bits compute in the model's dtype alone, which this then is. double_quant:
-    whether scales are quantized, too, of which bitsandbytes' methods of 4 bits have a choice.
+    method: a `QuantizationMethod`, its value ("bnb_nf4"), or the name of a preset ("nf4", "hqq4"). bits: of a weight's
+    code; the method's own by default, 4 with HQQ, which alone has a choice. group_size: weights that share a scale; 64
+    by default, and none with BNB_INT8, where each row has one. compute_dtype: of the products ("bfloat16"); by default
+    the model's dtype. Modules of other methods than bitsandbytes' of 4 bits compute in the model's dtype alone, which
+    this then is. double_quant: whether scales are quantized, too, of which bitsandbytes' methods of 4 bits have a
+    choice.
 
     Raises:
         BadSpec: a setting is unknown, or the method has no such bits, groups or dtype; all such faults at once.

@@ -35,7 +35,9 @@ def config_of(
     """
     if isinstance(name, ModelLoadingConfig | Recommendation):
         kind = type(name).__name__
-        raise BadSpec(f"name_or_path: expected a folder, a URL or a name of the Hub, found a {kind}; give it as config=")
+        raise BadSpec(
+            f"name_or_path: expected a folder, a URL or a name of the Hub, found a {kind}; give it as config="
+        )
     if not isinstance(name, str | os.PathLike | None):
         raise BadSpec(f"name_or_path: expected a folder, a URL or a name of the Hub, found {name!r:.80}")
     if given is not None and not isinstance(given, ModelLoadingConfig | Recommendation):
