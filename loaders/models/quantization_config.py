@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from inspect import signature
-from typing import Any
 
 from loaders.errors import BadSpec
-from loaders.near_misses import near, unknown_quant, unknown_setting
+from loaders.near_misses import near, unknown_quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
@@ -73,7 +71,7 @@ class QuantizationConfig:
     choice.
 
     Raises:
-        BadSpec: a setting is unknown, or the method has no such bits, groups or dtype; all such faults at once.
+        BadSpec: the method has no such bits, groups or dtype; all such faults at once.
     """
 
     method: QuantizationMethod | str = QuantizationMethod.BNB_NF4
@@ -81,14 +79,6 @@ class QuantizationConfig:
     group_size: int | None = None
     compute_dtype: str | None = None
     double_quant: bool = False
-
-    def __new__(cls, *given: Any, **settings: Any) -> QuantizationConfig:
-        """Refuse unknown settings in words; Python's own error would not say what was meant."""
-        known = [*signature(cls.__init__).parameters][1:]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise BadSpec([f"{name}: {unknown_setting(name, known)}" for name in unknown])
-        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         name = str(self.method).lower()

@@ -60,6 +60,7 @@ def mark_quantized(
     model.hf_quantizer.postprocess_model(model)
     model.quantization_method = made.quant_method
     model.is_quantized = not trains_blocks
+    model.dequantize = partial(_dequantized, model)
     paths = [name.rpartition(".")[0] for name in schemes]
     is_converted = (
         all(block == blocks[0] for block in blocks)
@@ -72,6 +73,13 @@ def mark_quantized(
             model, "transformers would look for other quantized layers than this model has",
             "a job (weightmill run), or weightmill.save, writes what it can load, or says which tensors to keep",
         )  # fmt: skip
+
+
+def _dequantized(model: Any, *given: Any, **options: Any) -> Any:
+    # What bitsandbytes has packed anew (quantized_modules.py), transformers would decode as if it were not. To tell
+    # its state, a module unpacks it.
+    model.state_dict()
+    return type(model).dequantize(model, *given, **options)
 
 
 def refuse_to_save_streamed(model: Any) -> None:

@@ -107,7 +107,6 @@ def test_a_method_is_a_scheme() -> None:
         ({"method": "hqq4", "bits": 3}, "bits: hqq4 has 4, found 3; give method='hqq'"),
         ({"method": "int8", "double_quant": True}, "double_quant: bnb_int8 has no choice of it"),
         ({"double_quant": 1}, "double_quant: expected True or False, found 1"),
-        ({"compress_statistics": True}, "compress_statistics: no such setting; did you mean 'double_quant'"),
         ({"method": "bnb_nf4", "compute_dtype": "bf16"}, "compute_dtype: unknown 'bf16'; did you mean 'bfloat16'"),
     ],
 )

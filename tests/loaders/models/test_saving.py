@@ -72,6 +72,9 @@ def test_weights_are_told_as_they_were_quantized_whatever_was_computed_with_them
         assert found.keys() == wanted.keys()
         assert all(bytes_of(found[name]) == bytes_of(wanted[name]) for name in wanted)
         assert torch.equal(logits(model), before)
+    used, fresh = (each.dequantize().model.layers[0].mlp.up_proj for each in (model, unused))
+    assert type(used) is torch.nn.Linear
+    assert torch.equal(used.weight, fresh.weight)
 
 
 def test_a_weight_that_others_quantize_again_is_told_as_it_is_now() -> None:
