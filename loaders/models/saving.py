@@ -42,7 +42,7 @@ def mark_quantized(
     if Hqq in kinds:
         _refuse_to_save(
             model, "transformers does not load weights of HQQ",
-            "a job (weightmill run quant=hqq4) writes what hqq loads, and weightmill.save what transformers 4 does",
+            "a job (weightmill run) writes what hqq loads, and weightmill.save what transformers 4 does",
         )  # fmt: skip
     if not kinds & {Bnb4, LlmInt8}:
         return
