@@ -6,7 +6,7 @@ import fnmatch
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field, SkipValidation, ValidationError, field_validator
@@ -200,11 +200,24 @@ def aggressively(quantize: Any) -> Any:
     return "ternary_aggressive"
 
 
-def load_config(config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Quant | None) -> LoadConfig:
-    """Make a config from a mapping of its fields, from a loader's config, or from a quantization; None is nf4.
+@runtime_checkable
+class Advises(Protocol):
+    """What a recommendation has: it says by which settings a model is loaded."""
+
+    def load_config(self) -> LoadConfig:
+        """Return the settings.
+
+        Raises:
+            BadSpec: there are none.
+        """
+        ...
+
+
+def load_config(config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Quant | Advises | None) -> LoadConfig:
+    """Make a config from a mapping of its fields, a loader's config, a quantization or a recommendation; None is nf4.
 
     Raises:
-        BadSpec: a field is unknown or wrong; all such faults at once.
+        BadSpec: a field is unknown or wrong, all such faults at once; or a recommendation found that nothing fits.
     """
     if isinstance(config, LoadConfig):
         return config
@@ -212,9 +225,12 @@ def load_config(config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Qu
         return config.request()
     if config is None or isinstance(config, Quant):
         return LoadConfig(quantize=config or True)
+    if isinstance(config, Advises):
+        return config.load_config()
     if not isinstance(config, Mapping):
         raise BadSpec(
-            f"config: expected a LoadConfig or a mapping of its fields, such as {{'quantize': 'nf4'}}, found {config!r}"
+            "config: expected a LoadConfig or a mapping of its fields, such as {'quantize': 'nf4'}, found"
+            f" {config!r:.80}"
         )
     return LoadConfig(**config)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +44,9 @@ from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import tensors_of
+
+if TYPE_CHECKING:
+    from loaders.loading.recommend import Recommendation
 
 CACHE_FORMAT = 2  # part of every key: raised when the same request would give other parts, so that old entries miss
 Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
@@ -87,12 +90,12 @@ def load_weights(
 
 
 def load_and_quantize(
-    path: Given, config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Quant | None = None
+    path: Given, config: LoadConfig | Mapping[str, Any] | WeightLoaderConfig | Quant | Recommendation | None = None
 ) -> tuple[Weights, Statistics]:
     """Load weights as `load_weights` does, by a config or a mapping of its fields.
 
-    config: also a `WeightLoaderConfig`, or a quantization alone: what `preset` and `create_aggressive_config` return.
-    None is nf4.
+    config: also a `WeightLoaderConfig`, what `get_recommended_loader_config` gives, or a quantization alone: what
+    `preset` and `create_aggressive_config` return. None is nf4.
 
     Raises:
         As load_weights; BadSpec: a field is unknown or wrong, all such faults at once.

@@ -15,6 +15,7 @@ from loaders.faults import not_positive
 from loaders.models.quantization_config import (
     COMPUTES_ALONE,
     DTYPES,
+    PLAIN,
     QuantizationConfig,
     Quantize,
     name_of_dtype,
@@ -76,16 +77,16 @@ class ModelLoadingConfig:
     model_name: a folder, URL or Hub name, for `ModelLoaderFactory`. backend: a `Backend`, or its value ("cuda").
     loading_strategy, or strategy: a `LoadingStrategy`, or its value ("streaming"); by default UNIFIED_MEMORY on MPS and
     MLX, and FULL elsewhere. quantization_config, or quantize: for weights that are not quantized yet, a
-    `QuantizationConfig`, a scheme, or the name of one ("nf4"). dtype: of float weights; by default float16 on MPS and
-    MLX, elsewhere the checkpoint's, as "auto" means everywhere. device: one of several ("cuda:1"). low_memory:
-    LOW_MEMORY. offload_to_cpu: weights come to lie in the CPU's memory whatever the device, as FSDP's offload has them.
-    max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". loading_workers, or workers: the number of
-    threads that read and encode; -1, or None: as many as this process may use CPUs. use_safetensors: of a folder that
-    has both, safetensors is read; False: .bin. use_cache: keep encoded weights on disk for the next load; STREAMING
-    always does. attn_implementation, or attention: transformers'; by default the model's own choice, which is "sdpa" if
-    it has that. rank, world_size: this process's number, of how many; by default those of torch.distributed's group, if
-    there is one. verbose: log each step, on rank 0. llama_pro_path: a checkpoint that is a block expansion of the
-    model, to load instead of it.
+    `QuantizationConfig`, a scheme, or the name of one ("nf4"; "none" leaves weights as they are). dtype: of float
+    weights; by default float16 on MPS and MLX, elsewhere the checkpoint's, as "auto" means everywhere. device: one of
+    several ("cuda:1"). low_memory: LOW_MEMORY. offload_to_cpu: weights come to lie in the CPU's memory whatever the
+    device, as FSDP's offload has them. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB".
+    loading_workers, or workers: the number of threads that read and encode; -1, or None: as many as this process may
+    use CPUs. use_safetensors: of a folder that has both, safetensors is read; False: .bin. use_cache: keep encoded
+    weights on disk for the next load; STREAMING always does. attn_implementation, or attention: transformers'; by
+    default the model's own choice, which is "sdpa" if it has that. rank, world_size: this process's number, of how
+    many; by default those of torch.distributed's group, if there is one. verbose: log each step, on rank 0.
+    llama_pro_path: a checkpoint that is a block expansion of the model, to load instead of it.
 
     decode: whether quantized weights are decoded to floats. memory_budget_mb: the limit of streamed weights held at
     once, in 1e6 bytes. llama_pro_blocks: the number of blocks to add by block expansion. ignore_unexpected: regular
@@ -157,6 +158,8 @@ class ModelLoadingConfig:
         given = dict(locals())
         del given["self"]
         _one_name_each(given)
+        # As recommendations call it; it is the same as no name at all.
+        given["quantization_config"] = None if given["quantization_config"] == PLAIN else given["quantization_config"]
         given["dtype"], given["device"] = name_of_dtype(dtype), name_of_dtype(device)
         given["ignore_unexpected"] = tuple(ignore_unexpected)
         problems = _wrong_types(given)

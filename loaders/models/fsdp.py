@@ -30,7 +30,6 @@ from loaders.models.cutting import Prepare, Unit, cut, prepared_units
 from loaders.models.hub_cache import place_of_model
 from loaders.models.loading import (
     encoding_of,
-    mark_quantized,
     needs_transformers,
     schemes_of,
     set_generation,
@@ -39,6 +38,7 @@ from loaders.models.loading import (
 from loaders.models.opening import check_expanded
 from loaders.models.quantized_modules import module_maker
 from loaders.models.ranks import Named, Ranks, ranks_of
+from loaders.models.saving import mark_quantized, refuse_to_save_cut
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
@@ -175,7 +175,10 @@ def _open(path: str | Path, config: ModelLoadingConfig) -> _Source:
         for name, parameter in skeleton.model.named_parameters():
             parameter.requires_grad_(_block_of(name) in new)
     _check_schemes(skeleton, schemes)
-    mark_quantized(skeleton.model, (scheme for scheme, _ in schemes.values()))
+    marks = {name: scheme for name, (scheme, _) in schemes.items()}
+    mark_quantized(skeleton.model, checkpoint, marks, None, trains_blocks=bool(new))
+    if schemes:
+        refuse_to_save_cut(skeleton.model)
     dtype = next(skeleton.model.get_parameter(name).dtype for name in (*schemes, *skeleton.parameters))
     return _Source(checkpoint, skeleton, schemes, dtype)
 

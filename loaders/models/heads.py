@@ -62,6 +62,19 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     return kind not in masked or causal[kind] in built
 
 
+def has_causal_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a class of causal language models for a config's model_type."""
+    return config.get("model_type") in _mapping("FOR_CAUSAL_LM_")
+
+
+def not_causal(checkpoint: Checkpoint) -> BadSpec:
+    """Return the refusal to load a checkpoint as a causal language model, which it is not."""
+    return BadSpec(
+        f"name_or_path: expected a causal language model, which predicts the next token, found {_said(checkpoint)};"
+        " models of other kinds are quantized by jobs, and loaded by transformers' AutoModel"
+    )
+
+
 def check_causal(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint has logits to be judged by.
 
@@ -98,8 +111,11 @@ def check_encodes(checkpoint: Checkpoint) -> None:
 
 
 def _refused(checkpoint: Checkpoint, why: str) -> BadSpec:
-    named = ", ".join([model_type_said(checkpoint.config), *_built(checkpoint.config)])
-    return BadSpec(f"{setting('evaluate')}: {checkpoint.address} {why} ({named})")
+    return BadSpec(f"{setting('evaluate')}: {checkpoint.address} {why} ({_said(checkpoint)})")
+
+
+def _said(checkpoint: Checkpoint) -> str:
+    return ", ".join([model_type_said(checkpoint.config), *_built(checkpoint.config)])
 
 
 def width_of(config: Mapping[str, Any]) -> int:

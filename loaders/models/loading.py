@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.layouts.gguf.tokenizers.tokenizer_files import tokenizer_files
 from loaders.loading.recommend import Recommendation
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
@@ -21,13 +23,12 @@ from loaders.models.foreign import generation_config_from, model_from, tokenizer
 from loaders.models.opening import OpenedModel, open_model
 from loaders.models.quantized_modules import QuantizedWeight, module_maker, runs_here, unusable_4bit
 from loaders.models.recommended import config_of
+from loaders.models.saving import mark_quantized, refuse_to_save_streamed
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
-from loaders.models.small_files import small_files
+from loaders.models.small_files import small_files, written
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
-from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
-from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.rules.decide import decide
 from loaders.tensors.block_expansion import BLOCK, expand_checkpoint, expand_sources
 from loaders.tensors.encoding import Encoding
@@ -36,6 +37,7 @@ from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import Sources, tensors_of
 
 Models = tuple[Any, Any]
+log = logging.getLogger("weightmill")
 
 
 def load_model_and_tokenizer(
@@ -44,7 +46,7 @@ def load_model_and_tokenizer(
     config: ModelLoadingConfig | Recommendation | None = None,
     **settings: Any,
 ) -> Models:
-    """Load a causal language model, ready to run, and its tokenizer (None if the folder has none).
+    """Load a causal language model, ready to run, and its tokenizer: the folder's or the GGUF's, None without one.
 
     `name_or_path`: a folder; the URL of a store (s3://bucket/model, hf://owner/name), from which weights are fetched
     into memory; or a Hugging Face Hub name whose files are in the local cache, for which nothing is downloaded. By
@@ -54,10 +56,11 @@ def load_model_and_tokenizer(
     Quantized weights stay quantized if their engine's modules are made here (bitsandbytes, hqq, MLX), or if
     transformers loads them (compressed-tensors, fp8, ...), which STREAMING decodes; decode=True decodes all. With
     quantize=SCHEME, plain weights are encoded tensor by tensor into the engine's modules: the model is never in memory
-    in full precision.
+    in full precision. `save_pretrained` writes bitsandbytes' modules as transformers loads them; of HQQ's and with
+    STREAMING it is refused.
 
     Raises:
-        BadSpec: the request cannot be done for this model or on this machine.
+        BadSpec: the request cannot be done for this model or on this machine, or it is no causal language model.
         BadCheckpoint: weights are damaged, missing, unexpected, or of other shapes than the model's; all are listed.
     """
     if backend != "auto":
@@ -105,11 +108,22 @@ def load_as(auto: Any, checkpoint: Checkpoint, device: str, *, dtype: str, decod
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """Load the tokenizer in a checkpoint's folder; None if the folder has no tokenizer files."""
+    """Load the tokenizer of a checkpoint's folder, or of a GGUF; None without one, for a GGUF with a warning."""
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    if all(checkpoint.source.find(name) is None for name in files):
+    if any(checkpoint.source.find(name) is not None for name in files):
+        with small_files(checkpoint) as folder:
+            return tokenizer_from(folder)
+    if checkpoint.container != "gguf":
         return None
-    with small_files(checkpoint) as folder:
+    made = tokenizer_files(checkpoint)
+    if not made:
+        log.warning(
+            "%s: the tokenizer is None: the GGUF's is none that is made into tokenizer.json here; load the original"
+            " model's by transformers' AutoTokenizer, or put its files beside the GGUF",
+            checkpoint.address,
+        )
+        return None
+    with written(made.items()) as folder:
         return tokenizer_from(folder)
 
 
@@ -135,7 +149,9 @@ def _of_transformers(opened: OpenedModel) -> Any:
     held = quantized_weights(skeleton, checkpoint, schemes, config.compute_dtype)
     opened.say("%s of %d tensors, %d of them quantized%s; strategy %s", type(model).__name__, len(skeleton.parameters),
                len(held), "" if config.scheme is None else f" to {config.quantize}", config.strategy)  # fmt: skip
-    mark_quantized(model, (each.scheme for each in held.values()))
+    marks = {name: each.scheme for name, each in held.items()}
+    computes_in = next((each.dtype for each in held.values()), None)
+    mark_quantized(model, checkpoint, marks, computes_in, trains_blocks=bool(opened.added))
     # On every rank, so that none waits for the first one's weights where that refuses them.
     places = device_map_of(skeleton, held, config.limits, device)
     check_usable(skeleton, schemes, places.device_of)
@@ -153,6 +169,7 @@ def _of_transformers(opened: OpenedModel) -> Any:
             if new:
                 made = weights.keep_encoded(new)
                 opened.say("%d weights were encoded into the cache, %d were there", made, len(new) - made)
+        refuse_to_save_streamed(model)
         return model
     with weights:
         fill_model(skeleton, weights, schemes, places.device_of, config.compute_dtype)
@@ -175,15 +192,6 @@ def _trained(model: Any, added: frozenset[int]) -> Any:
         match = BLOCK.match(name)
         parameter.requires_grad_(match is not None and int(match["number"]) in added and parameter.is_floating_point())
     return model
-
-
-def mark_quantized(model: Any, schemes: Iterable[Scheme]) -> None:
-    """Set what peft looks at before it puts adapters of its own kinds onto bitsandbytes' modules."""
-    kinds = {type(scheme) for scheme in schemes}
-    if Bnb4 in kinds:
-        model.is_loaded_in_4bit = True
-    if LlmInt8 in kinds:
-        model.is_loaded_in_8bit = True
 
 
 def _set_meta_modules(skeleton: Skeleton, held: Mapping[str, QuantizedWeight]) -> None:

@@ -33,7 +33,12 @@ class ModelLoader(ABC):
 
         Raises:
             BadSpec, BadCheckpoint: as `load_model_and_tokenizer`.
+            NotImplementedError: a class of one's own calls this one, which loads nothing.
         """
+        raise NotImplementedError(
+            "ModelLoader.load_model loads nothing: extend StandardModelLoader or QuantizedModelLoader, whose"
+            " super().load_model() returns a model"
+        )
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer; None if the folder has none.

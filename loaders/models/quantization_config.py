@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,6 +39,11 @@ class QuantizationMethod(StrEnum):
     MLX_INT4 = "mlx_int4"
     MLX_INT8 = "mlx_int8"
 
+    @classmethod
+    def _missing_(cls, value: object) -> QuantizationMethod | None:
+        """Take presets' names of bitsandbytes' methods, too: "nf4" is BNB_NF4."""
+        return next((each for each in cls if each.value == f"bnb_{value}"), None)
+
 
 # By method: the bits that it may have, its own first, and the group sizes, its own first; none where rows are groups.
 SIZES: dict[QuantizationMethod, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -48,6 +54,8 @@ SIZES: dict[QuantizationMethod, tuple[tuple[int, ...], tuple[int, ...]]] = {
     QuantizationMethod.MLX_INT4: ((4,), (64, *MLX_GROUP_SIZES)),
     QuantizationMethod.MLX_INT8: ((8,), (64, *MLX_GROUP_SIZES)),
 }
+HQQ_PRESET = re.compile(r"hqq([2348])")
+PLAIN = "none"  # the name of the preset that leaves weights as they are
 COMPUTES_ALONE = (QuantizationMethod.BNB_NF4, QuantizationMethod.BNB_FP4)
 
 
@@ -55,10 +63,12 @@ COMPUTES_ALONE = (QuantizationMethod.BNB_NF4, QuantizationMethod.BNB_FP4)
 class QuantizationConfig:
     """A method of quantization and its sizes.
 
-    method: a `QuantizationMethod`, or its value ("bnb_nf4"). bits: of a weight's code; the method's own by default, 4
-    with HQQ, which alone has a choice. group_size: weights that share a scale; 64 by default, and none with BNB_INT8,
-    where each row has one. compute_dtype: of the products ("bfloat16"); by default the model's dtype. Modules of
-    other methods than bitsandbytes' of 4 bits compute in the model's dtype alone, which this then is.
+    method: a `QuantizationMethod`, its value ("bnb_nf4"), or the name of a preset ("nf4", "hqq4"). bits: of a weight's
+    code; the method's own by default, 4 with HQQ, which alone has a choice. group_size: weights that share a scale; 64
+    by default, and none with BNB_INT8, where each row has one. compute_dtype: of the products ("bfloat16"); by default
+    the model's dtype. Modules of other methods than bitsandbytes' of 4 bits compute in the model's dtype alone, which
+    this then is. double_quant: whether scales are quantized, too, of which bitsandbytes' methods of 4 bits have a
+    choice.
 
     Raises:
         BadSpec: the method has no such bits, groups or dtype; all such faults at once.
@@ -68,13 +78,20 @@ class QuantizationConfig:
     bits: int | None = None
     group_size: int | None = None
     compute_dtype: str | None = None
+    double_quant: bool = False
 
     def __post_init__(self) -> None:
-        known = [each.value for each in QuantizationMethod]
         name = str(self.method).lower()
-        if name not in known:
-            raise BadSpec(f"method: unknown {self.method!r}{near(name, known)}; known: {', '.join(known)}")
-        method = QuantizationMethod(name)
+        if (preset := HQQ_PRESET.fullmatch(name)) is not None:
+            if self.bits not in (None, int(preset[1])):
+                raise BadSpec(f"bits: {self.method} has {preset[1]}, found {self.bits!r}; give method='hqq' for others")
+            name = QuantizationMethod.HQQ
+            object.__setattr__(self, "bits", int(preset[1]))
+        try:
+            method = QuantizationMethod(name)
+        except ValueError:
+            known = [each.value for each in QuantizationMethod]
+            raise BadSpec(f"method: {unknown_quant(self.method, known)}") from None
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "compute_dtype", name_of_dtype(self.compute_dtype))
         bits, groups = SIZES[method]
@@ -88,6 +105,10 @@ class QuantizationConfig:
         if self.compute_dtype is not None and self.compute_dtype not in DTYPES:
             hint = near(str(self.compute_dtype), DTYPES)
             problems.append(f"compute_dtype: unknown {self.compute_dtype!r}{hint}; known: {', '.join(DTYPES)}")
+        if not isinstance(self.double_quant, bool):
+            problems.append(f"double_quant: expected True or False, found {self.double_quant!r}")
+        elif self.double_quant and method not in COMPUTES_ALONE:
+            problems.append(f"double_quant: {method} has no choice of it; leave it out")
         if problems:
             raise BadSpec(problems)
 
@@ -101,7 +122,7 @@ class QuantizationConfig:
         if self.method is QuantizationMethod.BNB_INT8:
             return LlmInt8()
         if self.method in COMPUTES_ALONE:
-            return Bnb4("nf4" if self.method is QuantizationMethod.BNB_NF4 else "fp4", size)
+            return Bnb4("nf4" if self.method is QuantizationMethod.BNB_NF4 else "fp4", size, self.double_quant)
         return MlxAffine(bits[0], size)
 
 
@@ -114,7 +135,7 @@ def wrong_quantization(given: object) -> str | None:
         return None
     if not isinstance(given, str):
         return f"expected a preset's name, such as 'nf4', a QuantizationConfig or a scheme; found {given!r}"
-    return None if given in SCHEMES or given in list(QuantizationMethod) else no_scheme(given)
+    return None if given in (PLAIN, *SCHEMES, *QuantizationMethod) else no_scheme(given)
 
 
 def scheme_of(given: Quantize | None) -> Scheme | None:

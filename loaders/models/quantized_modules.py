@@ -52,9 +52,31 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
         return made  # type: ignore[no-any-return]
     statistics = {role.removeprefix("weight."): part.to(device) for role, part in stored.items() if role != "weight"}
     made.weight = bitsandbytes.nn.Params4bit.from_prequantized(
-        stored["weight"], quantized_stats=statistics, requires_grad=False, device=device, module=made
+        stored["weight"], quantized_stats=dict(statistics), requires_grad=False, device=device, module=made
     )
+    if repacks_4bit(device):
+        made.weight.quant_state.statistics = statistics
+        made.register_state_dict_post_hook(_with_statistics)
     return made  # type: ignore[no-any-return]
+
+
+def _with_statistics(made: Any, state: dict[str, Any], prefix: str, about: Any) -> None:
+    """Put back what a weight was quantized with after its module has told its state.
+
+    bitsandbytes 0.50 packs a weight anew at its first use on CPUs with AVX512-BF16. To tell its state, it unpacks it
+    again, but its scales stay transposed and in bfloat16 (functional.py, _convert_weight_packed_for_cpu_inverse), in
+    the state and in the module, which then computes something else.
+    """
+    # A weight that is cut over ranks has no quant_state; one that others have quantized again, no such statistics.
+    now = getattr(made.weight, "quant_state", None)
+    statistics = getattr(now, "statistics", None)
+    if statistics is None or not hasattr(now, "original_qshape"):
+        return
+    functional: Any = import_module("bitsandbytes.functional")
+    made.quant_state = functional.QuantState.from_dict(dict(statistics), made.weight.device)
+    made.quant_state.statistics = statistics
+    made.weight.quant_state = made.quant_state
+    state.update({f"{prefix}weight.{name}": part for name, part in made.quant_state.as_dict(packed=True).items()})
 
 
 def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:

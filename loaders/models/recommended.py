@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,15 @@ def config_of(
     """Return the settings of a load, from a config or a recommendation, a model's name and what replaces settings.
 
     Raises:
-        BadSpec: `given` is neither, it is of another model, or a setting is wrong.
+        BadSpec: `given` is neither, it is of another model, the name is no name, or a setting is wrong.
     """
+    if isinstance(name, ModelLoadingConfig | Recommendation):
+        kind = type(name).__name__
+        raise BadSpec(
+            f"name_or_path: expected a folder, a URL or a name of the Hub, found a {kind}; give it as config="
+        )
+    if not isinstance(name, str | os.PathLike | None):
+        raise BadSpec(f"name_or_path: expected a folder, a URL or a name of the Hub, found {name!r:.80}")
     if given is not None and not isinstance(given, ModelLoadingConfig | Recommendation):
         raise BadSpec(f"config: expected a ModelLoadingConfig, found {given!r:.80}; settings go in as arguments")
     if isinstance(given, Recommendation):

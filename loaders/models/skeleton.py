@@ -23,6 +23,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.hf import plain_config
 from loaders.models.foreign import check_config, model_of
+from loaders.models.heads import has_causal_class, is_causal, not_causal
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
@@ -75,13 +76,15 @@ def skeleton_of(
     has none.
 
     Raises:
-        BadSpec: transformers has no such model.
+        BadSpec: transformers has no such model, or the checkpoint is no causal language model.
         BadCheckpoint: weights are missing, unexpected, or of another shape; all of them listed.
     """
     from transformers import AutoModelForCausalLM
 
     auto = AutoModelForCausalLM if auto is None else auto
     config = model_config(checkpoint)
+    if auto is AutoModelForCausalLM and not has_causal_class(checkpoint.config):
+        raise not_causal(checkpoint)
     wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
     options = {} if attention is None else {"attn_implementation": attention}
     with BUILDING, EmptyOnMeta():
@@ -99,7 +102,12 @@ def skeleton_of(
     forget(model)
     model.eval()
     keep_in_float32(model, wanted)
-    parameters, tied = matched(model, sources, ignore_unexpected)
+    try:
+        parameters, tied = matched(model, sources, ignore_unexpected)
+    except BadCheckpoint as error:
+        if auto is AutoModelForCausalLM and not is_causal(checkpoint.config):
+            raise not_causal(checkpoint) from error
+        raise
     for name, original in tied.items():
         set_parameter(model, name, model.get_parameter(original))
     return Skeleton(model, parameters, tied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -24,11 +24,25 @@ def small_files(checkpoint: Checkpoint) -> Iterator[Path]:
         yield checkpoint.folder(READS_FOLDERS)
         return
     weights = {entry.name for entry in checkpoint.files}
+    small = (
+        entry.name
+        for entry in source.store.list(deep=False)
+        if entry.size <= LARGEST and entry.name not in weights and PurePosixPath(entry.name).suffix in SMALL
+    )
+    with written((name, source.read_all(name, LARGEST)) for name in small) as folder:
+        yield folder
+
+
+@contextmanager
+def written(files: Iterable[tuple[str, bytes]]) -> Iterator[Path]:
+    """Yield a temporary folder with files of these names and contents.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
     with tempfile.TemporaryDirectory(prefix="weightmill-small-") as made:
-        for entry in source.store.list(deep=False):
-            is_small = entry.size <= LARGEST and entry.name not in weights
-            if is_small and PurePosixPath(entry.name).suffix in SMALL:
-                path = Path(made) / entry.name
-                with io_errors("writing", path):
-                    path.write_bytes(source.read_all(entry.name, LARGEST))
+        for name, content in files:
+            path = Path(made) / name
+            with io_errors("writing", path):
+                path.write_bytes(content)
         yield Path(made)

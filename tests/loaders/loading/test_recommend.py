@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import completions, overview
-from loaders import BadSpec, get_recommended_loader_config
+from loaders import BadSpec, QuantizedTensor, get_recommended_loader_config, load_and_quantize
 from loaders.loading.recommend import PRESETS, FittedPreset, _verdict
 from loaders.places import DEMO
 from tests.tiny_models import make
@@ -57,6 +57,18 @@ def test_the_arithmetic_is_shown_and_right() -> None:
     assert found.strategy in said
     config = found.load_config()
     assert config.quantize is None
+
+
+def test_a_recommendation_is_taken_as_the_settings_of_a_load() -> None:
+    reserve = get_recommended_loader_config(DEMO, "cpu", 4).reserve_bytes
+    advice = get_recommended_loader_config(DEMO, "cpu", (reserve + 2_500_000) / 1e9)
+    assert advice.scheme == "gguf_q8_0"
+    weights, _ = load_and_quantize(DEMO, advice)
+    assert {type(each) for each in weights.values()} >= {QuantizedTensor}
+    with pytest.raises(BadSpec, match="nothing fits"):
+        load_and_quantize(DEMO, get_recommended_loader_config(DEMO, "cpu", reserve / 1e9))
+    with pytest.raises(BadSpec, match=r"^config: expected a LoadConfig .*found \[1, 1.{60,80}$"):
+        load_and_quantize(DEMO, [1] * 1000)
 
 
 def test_fewer_tokens_are_advised_where_they_help() -> None:

@@ -170,6 +170,7 @@ def refuses_places(path: str) -> Found:
         "casts": lambda: load_sharded_model(path, prepare=lambda model: model.float()),
         "other adapters": lambda: load_sharded_model(path, prepare=with_adapters("dora" if rank else "lora")),
         "mixed": lambda: load_sharded_model(path, fsdp=1, prepare=with_a_float),
+        "saved as a whole": lambda: load_sharded_model(path, None, "nf4").save_pretrained("/nowhere"),
         "no adapter": lambda: save_adapter(load_sharded_model(path), "/nowhere"),
     }  # fmt: skip
     if rank:

@@ -85,6 +85,12 @@ def test_a_method_is_a_scheme() -> None:
     assert QuantizationConfig(QuantizationMethod.MLX_INT8, group_size=32).scheme == MlxAffine(8, 32)
     assert ModelLoadingConfig(quantize=QuantizationMethod.HQQ).scheme == Hqq(4, 64)
     assert ModelLoadingConfig(quantize="bnb_int8").scheme == LlmInt8()
+    # By the names of presets, too.
+    assert QuantizationConfig("nf4", double_quant=True).scheme == Bnb4("nf4", double_quant=True)
+    assert QuantizationConfig("int8") == QuantizationConfig(QuantizationMethod.BNB_INT8)
+    assert QuantizationConfig("hqq3", group_size=128).scheme == Hqq(3, 128)
+    assert QuantizationMethod("fp4") is QuantizationMethod.BNB_FP4
+    assert ModelLoadingConfig(quantize="none") == ModelLoadingConfig()
     # Of methods that compute in the model's dtype, it is the model's.
     assert ModelLoadingConfig(quantize=QuantizationConfig("hqq", compute_dtype="float16")).dtype == "float16"
     assert ModelLoadingConfig(quantize=QuantizationConfig("bnb_nf4", compute_dtype="float16")).dtype is None
@@ -98,6 +104,9 @@ def test_a_method_is_a_scheme() -> None:
         ({"method": "hqq", "bits": 5}, "bits: hqq has 1 or 2 or 3 or 4 or 8, found 5"),
         ({"method": "bnb_int8", "group_size": 64}, "group_size: bnb_int8 has a scale for each row"),
         ({"method": "mlx_int4", "group_size": 16}, "group_size: mlx_int4 takes 32 or 64 or 128, found 16"),
+        ({"method": "hqq4", "bits": 3}, "bits: hqq4 has 4, found 3; give method='hqq'"),
+        ({"method": "int8", "double_quant": True}, "double_quant: bnb_int8 has no choice of it"),
+        ({"double_quant": 1}, "double_quant: expected True or False, found 1"),
         ({"method": "bnb_nf4", "compute_dtype": "bf16"}, "compute_dtype: unknown 'bf16'; did you mean 'bfloat16'"),
     ],
 )

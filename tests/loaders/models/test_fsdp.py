@@ -79,6 +79,7 @@ PLACES = {
     "casts": "was replaced or changed before its weights are there",
     "other adapters": "prepare (what it made): the ranks disagree",
     "no adapter": "model: it has no adapter of peft to save",
+    "saved as a whole": "save_pretrained: the quantized weights are cut over ranks; save_adapter writes its adapter",
     "mixed": "fsdp: the weights of a Linear are of several dtypes, or trained in part (torch.bfloat16, torch.float32)",
     "no blocks": "path: transformers does not say what the blocks of LlamaForCausalLM are",
     "no engine": "quantize: modules of bitsandbytes need it: pip install bitsandbytes",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models import LoadingStrategy, ModelLoadingConfig, load_model_and_tokenizer, loading, opening
 from loaders.models.skeleton import EmptyOnMeta
@@ -268,11 +269,34 @@ def test_outputs_that_transformers_runs_itself_compute_what_it_computes(
     assert torch.equal(logits(load(output)), logits(theirs))
 
 
-def test_a_gguf_is_loaded_decoded(tmp_path: Path, weightmill: Callable[..., Ran], peer: Any) -> None:
+def test_a_gguf_is_loaded_decoded_with_its_tokenizer(
+    tmp_path: Path,
+    weightmill: Callable[..., Ran],
+    peer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     output = tmp_path / "out"
     assert weightmill("run", "model=demo", "quant=gguf_q8_0", "cluster=local", f"output.path={output}").status == 0
-    difference = logits(load(output, dtype="bfloat16")).float() - logits(peer).float()
+    model, tokenizer = load_model_and_tokenizer(output, "cpu", dtype="bfloat16")
+    difference = logits(model).float() - logits(peer).float()
     assert difference.abs().mean() < 0.1
+    text = "The 2nd house, of Mr. Smith's"
+    assert tokenizer(text)["input_ids"] == load_model_and_tokenizer(DEMO, "cpu")[1](text)["input_ids"]
+    monkeypatch.setattr(loading, "tokenizer_files", lambda checkpoint: {})  # as for a vocabulary of another kind
+    assert loading.tokenizer_of(open_checkpoint(output)) is None
+    assert "the tokenizer is None: the GGUF's is none that is made into tokenizer.json here; load the" in caplog.text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("kind", "built"), [("Bert", "BertModel"), ("T5", "T5ForConditionalGeneration")])
+def test_a_model_that_predicts_no_next_token_is_refused(kind: str, built: str, tmp_path: Path) -> None:
+    few = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, **(few if kind == "Bert" else {}))
+    getattr(transformers, built)(config).save_pretrained(tmp_path)
+    said = f"^name_or_path: expected a causal language model, .*, found model_type '{kind.lower()}', {built}; models of"
+    with pytest.raises(BadSpec, match=said):
+        load(tmp_path)
 
 
 # --- what does not fit

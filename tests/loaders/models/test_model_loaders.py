@@ -75,6 +75,15 @@ def test_a_loader_of_another_kind_is_refused() -> None:
         ModelLoader(ModelLoadingConfig(DEMO))  # type: ignore[abstract]
 
 
+def test_a_loader_of_ones_own_that_asks_the_abstract_one_is_told_which_to_extend() -> None:
+    class Mine(ModelLoader):
+        def load_model(self) -> Any:
+            return super().load_model()  # type: ignore[safe-super]
+
+    with pytest.raises(NotImplementedError, match="extend StandardModelLoader or QuantizedModelLoader"):
+        Mine(ModelLoadingConfig(DEMO)).load_model()
+
+
 # --- recommendations
 
 
@@ -84,6 +93,19 @@ def test_a_recommendation_is_passed_on() -> None:
     assert loader.config == ModelLoadingConfig(str(DEMO), "cpu")
     assert torch.equal(logits(loader.load_model()), logits(load_model_and_tokenizer(DEMO, "cpu")[0]))
     assert load_model_and_tokenizer(DEMO, config=advice, dtype="float32")[0].dtype == torch.float32
+
+
+def test_settings_in_the_place_of_a_name_are_refused() -> None:
+    advice = get_recommended_loader_config(DEMO, "cpu", 4)
+    for given, said in (
+        (advice, "a Recommendation; give it as config="),
+        (ModelLoadingConfig(DEMO), "a ModelLoadingConfig; give it as config="),
+        (5, "5"),
+    ):
+        with pytest.raises(
+            BadSpec, match=f"^name_or_path: expected a folder, a URL or a name of the Hub, found {said}$"
+        ):
+            load_model_and_tokenizer(given)
 
 
 def test_a_recommendation_quantizes_as_far_as_the_memory_asks() -> None:
