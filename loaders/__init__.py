@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loaders.loading.config import LoadConfig, WeightLoaderConfig, create_aggressive_config
     from loaders.loading.load import clear_cache, load_and_quantize, load_weights
     from loaders.loading.quantize import quantize
-    from loaders.loading.quantized_tensor import QuantizedTensor
+    from loaders.loading.quantized_tensor import QuantizedTensor, QuantizedWeights
     from loaders.loading.recommend import Recommendation, get_recommended_loader_config
     from loaders.loading.resources import Shared, configure
     from loaders.loading.save import save
@@ -107,6 +107,7 @@ __all__ = [
     "QuantizationMethod",
     "QuantizedModelLoader",
     "QuantizedTensor",
+    "QuantizedWeights",
     "ReadLoader",
     "Recommendation",
     "RunaiLoader",
@@ -175,7 +176,7 @@ _PLACES = {
     "loading.config": ("LoadConfig", "WeightLoaderConfig", "create_aggressive_config"),
     "loading.load": ("clear_cache", "load_and_quantize", "load_weights"),
     "loading.quantize": ("quantize",),
-    "loading.quantized_tensor": ("QuantizedTensor",),
+    "loading.quantized_tensor": ("QuantizedTensor", "QuantizedWeights"),
     "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
     "loading.resources": ("Shared", "configure"),
     "loading.save": ("save",),

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 _NAMES: list[Mapping[str, str]] = []  # of the blocks that are open now, in all threads; the last one counts
 
+LEAVE = "leave it out, or let a job keep it by a rule"  # what there is to do about a tensor; a setting's name, too
+
 
 def setting(name: str) -> str:
     """What a setting is called in a message: by the library's name, or as the program says that runs it."""

@@ -126,6 +126,7 @@ WITHOUT: dict[str, str] = {
     "sym": "w4a16 is symmetric, w4a16_asym is not",
     "desc_act": "it is GPTQ's, which needs calibration data and is not written here",
     "damp_percent": "it is GPTQ's, which needs calibration data and is not written here",
+    "rules": "they are a job's: weightmill.run(..., rules=...)",
     "leave_output_tensor": "give rules='[{role: head, action: keep}]'",
     "ignore": "give rules='[{role: head, action: keep}]'",
     "modules_to_not_convert": "give rules='[{name: PATTERN, action: keep}]'",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from jobs.cli.home import have_home
 from jobs.cli.listening import Listener, listening
 from jobs.cli.verb import Said, Verb
-from jobs.spec.keys import KEYS
+from jobs.spec.keys import IN_PYTHON
 from loaders.errors import settings_called
 from loaders.progress import OnProgress
 from loaders.storage.settings import current, use
@@ -176,7 +176,7 @@ def _ask(
 ) -> R:
     """Run a verb in this process, and return what is made of its result and of its notes."""
     listener = Listener(progress if callable(progress) else None, shows_progress=progress is True)
-    with _TURN, listening(listener), settings_called(KEYS):
+    with _TURN, listening(listener), settings_called(IN_PYTHON):
         before = current()
         try:
             have_home()

@@ -26,7 +26,8 @@ from jobs.cli.meant import Keys, bare_problem, choice_problem, option_problem
 from jobs.cli.program import program
 from jobs.cli.rules_file import rules_of
 from jobs.cli.validation import check, fields_of, path_keys
-from loaders.errors import BadSpec
+from jobs.spec.keys import SWEEP
+from loaders.errors import BadSpec, setting
 from loaders.places import CONF
 from loaders.presets.catalog import preset_values
 
@@ -200,7 +201,9 @@ def _choice(override: str, group: str, value: str, verb: str, request: Request) 
         if chosen in files and (wrong := fault_of(files[chosen], group, choices)) is not None:
             return "", wrong
     if (listed != value or "," in value) and not request.is_sweep:
-        hint = f"; a sweep takes several: {program()} run -m {group}={listed}" if verb == "run" else ""
+        names = ", ".join(repr(part.strip().strip("'\"")) for part in listed.split(","))
+        several = setting(SWEEP).format(program=program(), group=group, listed=listed, quoted=names)
+        hint = f"; {several}" if verb == "run" else ""
         return "", f"{group}: expected one choice, found {value}{hint}"
     return override, None
 

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from jobs.spec.keys import HELP_QUANT
+from loaders.errors import setting
 from loaders.near_misses import CASTS, ELSEWHERE, MEANT, WITHOUT, meant, near, plain, unknown_quant
 from loaders.rules.llama_cpp import MIXES
 
@@ -222,7 +224,7 @@ def choice_problem(group: str, chosen: str, options: Sequence[str]) -> str:
         mix = plain(chosen).removeprefix("gguf_").upper()
         if mix in MIXES and f"gguf_{mix.lower()}" not in options:
             return f"quant: unknown choice {chosen!r}; give quant=gguf_q4_k_m quant.file_type={mix}"
-        said = unknown_quant(chosen, options, "; `weightmill help quant` lists all").replace("unknown ", "", 1)
+        said = unknown_quant(chosen, options, f"; {setting(HELP_QUANT)}").replace("unknown ", "", 1)
         return f"quant: unknown choice {said}"
     hint = near(chosen, options)
     if group == "output" and plain(chosen) in CONTAINER_OF:

@@ -128,13 +128,18 @@ def _mlx() -> Backend:
 def device_name(device: Any) -> str | None:
     """Return the name of a device, which may be torch's own object for it. None stands for arrays of numpy's.
 
+    Capitals do not matter, and the one CPU may have its number: "CPU" and "cpu:0" are "cpu".
+
     Raises:
         BadSpec: it is neither.
     """
-    if device is None or isinstance(device, str):
-        return device
+    if device is None:
+        return None
+    if isinstance(device, str):
+        name = device.lower()
+        return "cpu" if name == "cpu:0" else name
     if type(device).__module__ == "torch":
-        return str(device)
+        return device_name(str(device))
     raise BadSpec(f"device: expected a name as cpu or cuda:0, a torch.device or None, found {str(device)[:100]!r}")
 
 
@@ -144,6 +149,7 @@ def torch_device(device: str) -> tuple[Any, Any]:
     Raises:
         BadSpec: torch is not installed, or finds no such device.
     """
+    device = device_name(device) or "cpu"
     with needed_for(f"backend={device}"):
         import torch
     kind, _, index = device.partition(":")

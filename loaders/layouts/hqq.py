@@ -68,8 +68,10 @@ class HqqLayout:
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
         return None  # a unit's file becomes a piece of the one whose pickle `assemble` makes
 
-    def _modules(self, checkpoint: Checkpoint, placed: Iterable[Placed]) -> Any:
-        """Return the modules in the order of their names, each with its keys and values in hqq's order."""
+    def modules(self, checkpoint: Checkpoint, placed: Iterable[Placed]) -> Any:
+        """Return the modules in the order of their names, each with its keys and values in hqq's order: what is `about`
+        a file of all tensors.
+        """
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
             module, _, key = each.tensor.name.rpartition(".")
@@ -105,7 +107,7 @@ class HqqLayout:
     ) -> Assembly:
         if naming.split:
             raise BadSpec(f"{setting('split')}: only gguf can be one file or several; hqq reads one qmodel.pt")
-        about = self._modules(checkpoint, self._placed(checkpoint, decisions))
+        about = self.modules(checkpoint, self._placed(checkpoint, decisions))
         head, pieces, tail = cut(QMODEL, [file.slots for file in files], about)
         return Assembly(pieces, {}, Joined(QMODEL, head, tail))
 

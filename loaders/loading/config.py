@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, SkipValidation, ValidationError, field_validator
 
 from loaders.backends import DEVICES
+from loaders.backends.devices import device_name
 from loaders.errors import BadSpec
 from loaders.faults import named, place_of, sentences
 from loaders.near_misses import meant, near, unknown_setting
@@ -83,8 +84,8 @@ class LoadConfig(Spec):
     @field_validator("device", mode="before")
     @classmethod
     def _device_is_a_name(cls, device: Any) -> Any:
-        # torch's own object for a device stands for its name.
-        return str(device) if type(device).__module__ == "torch" else device
+        # What is no name and no device of torch's is refused with all other faults.
+        return device_name(device) if isinstance(device, str) or type(device).__module__ == "torch" else device
 
     @field_validator("cache_dir", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Range
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import PieceReader, TensorBytes
+from loaders.words import model_type_said
 
 PLACE = Address("memory")  # where messages say that the tensors are
 FILE = "tensors"
@@ -76,8 +77,39 @@ class MemoryStore:
         return None
 
 
+def model_config(config: Any) -> Mapping[str, Any]:
+    """Return the config.json of a model as a mapping: it may be transformers' object for it, and None is {}.
+
+    Raises:
+        BadSpec: it is something else.
+    """
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    if hasattr(config, "to_dict") and not isinstance(config, type):
+        return dict(config.to_dict())
+    raise BadSpec(
+        f"config: expected a model's config.json as a mapping, or transformers' config, found {type(config).__name__};"
+        " json.loads(Path(...).read_text()) reads one"
+    )
+
+
+def check_known_to_mlx(config: Mapping[str, Any]) -> None:
+    """Check that a config says which model it is: mlx-lm's layers and names depend on that.
+
+    Raises:
+        BadSpec: it does not.
+    """
+    if not config.get("model_type"):
+        raise BadSpec(
+            f"config: {model_type_said(config)} is not one whose layers and names mlx-lm has; give its config.json as"
+            " config="
+        )
+
+
 class HeldTensor:
     """A tensor of numpy's or torch's: its dtype and shape, and its bytes, strided as they lie.
+
+    numpy has bfloat16 by ml_dtypes alone; its uint16, as which loaders give bfloat16, is refused.
 
     Raises:
         BadSpec: it is neither, or has no weights in memory, or a dtype that is not known.
@@ -85,6 +117,11 @@ class HeldTensor:
 
     def __init__(self, name: str, tensor: Any) -> None:
         if type(tensor).__module__.partition(".")[0] == "numpy" and isinstance(tensor, np.ndarray | np.generic):
+            if tensor.dtype == np.uint16:
+                raise BadSpec(
+                    f"{name}: expected a dtype of weights, found numpy's uint16, as which loaders give bfloat16; load"
+                    " it as torch's (device='cpu'), or give torch.from_numpy(array).view(torch.bfloat16)"
+                )
             dtype, self._bytes, self.shape, self.stride = _of_numpy(np.asarray(tensor))
         elif hasattr(tensor, "untyped_storage"):
             dtype, self._bytes, self.shape, self.stride = _of_torch(name, tensor)

@@ -178,7 +178,7 @@ class Loading:
     """One load that casts, decodes or quantizes weights.
 
     `own_rules` go before the engine's; `strategy` reads in place of the config's, and `on_done` hears of each tensor
-    that was made: for weights that lie in no file.
+    that was made: for weights that lie in no file. `decisions` say what becomes of each tensor.
     """
 
     def __init__(
@@ -224,6 +224,7 @@ class Loading:
         if not mine:
             raise _none_matches(config, [tensor.name for tensor in tensors])
         decisions = decide(mine, scheme, self._own_rules, rules)
+        self.decisions = decisions
         self._notes = (*self._notes, *ragged_notes(decisions), *fallback_notes(decisions))
         placed = self._placed(decisions, quant)
         return [

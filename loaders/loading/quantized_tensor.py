@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loaders.backends import kernels_of
 from loaders.backends.arrays import as_torch
-from loaders.backends.devices import torch_device
+from loaders.backends.devices import device_name, torch_device
 from loaders.backends.threads import ThreadedWork
 from loaders.dtypes import DType, Shape, dtype_named, storage_of
 from loaders.errors import BadSpec
@@ -22,6 +22,7 @@ from loaders.quantization.scheme import Block, Scheme
 from loaders.specs import StoredSpec, TensorSpec, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.tensors.logical_tensor import stored_name
+from loaders.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +87,9 @@ class QuantizedTensor:
         Raises:
             BadSpec: there is no such device.
         """
-        torch_device(str(device))
-        return replace(self, device=str(device))
+        name = device_name(device) or "cpu"
+        torch_device(name)
+        return replace(self, device=name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the parts as torch tensors on the device, by the names under which the engine stores them."""
@@ -154,6 +156,11 @@ class QuantizedTensor:
         placed: torch.Tensor = made if self.device == "cpu" else made.to(torch_device(self.device)[1])
         return placed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The mappings may be views that refuse to be changed, and these refuse to be pickled and copied, too.
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _restored, ({n: dict(v) if isinstance(v, Mapping) else v for n, v in values.items()},)
+
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))
         error = "" if self.error is None else f", relative error {self.error.relative_error:.3g}"
@@ -162,6 +169,41 @@ class QuantizedTensor:
             f"QuantizedTensor({self.name}, {self.scheme.kind}, {shape} of {self.dtype.torch},"
             f" {self.nbytes:,} bytes{error}{place})"
         )
+
+
+def _restored(values: dict[str, Any]) -> QuantizedTensor:
+    return QuantizedTensor(**values)
+
+
+class QuantizedWeights(dict[str, Any]):
+    """Weights by name, as `quantize` gives them: a dict, shown in a line, that `save` takes.
+
+    `config` is that of the model for which they were quantized, {} without one. `nbytes` are the bytes of all. `notes`
+    are remarks, as in the statistics of a load.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Any], config: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(weights)
+        self.config = dict(config or {})
+        self.notes = tuple(notes)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(each.nbytes) for each in self.values())
+
+    def copy(self) -> QuantizedWeights:
+        return QuantizedWeights(self, self.config, self.notes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizedWeights, (dict(self), self.config, self.notes)
+
+    def __repr__(self) -> str:
+        quantized = [each for each in self.values() if isinstance(each, QuantizedTensor)]
+        kinds = ", ".join(dict.fromkeys(each.scheme.kind for each in quantized))
+        said = f", {len(quantized)} quantized ({kinds})" if quantized else ""
+        return f"QuantizedWeights({counted(len(self), 'tensor')}{said}, {self.nbytes:,} bytes)"
 
 
 def float_dtype(dtype: Any) -> DType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.containers import safetensors
+from loaders.containers import CONTAINERS
 from loaders.dtypes import row_major
 from loaders.errors import BadSpec
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Forming, Layout, Placed
 from loaders.layouts.hf import config_json
+from loaders.layouts.hqq import HqqLayout
 from loaders.loading.encode import WantedTensor, make
-from loaders.loading.in_memory import HeldTensor, MemoryLoader
-from loaders.loading.quantized_tensor import QuantizedTensor
+from loaders.loading.in_memory import HeldTensor, MemoryLoader, check_known_to_mlx, model_config
+from loaders.loading.quantized_tensor import QuantizedTensor, QuantizedWeights
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision, Rule
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
@@ -31,7 +34,6 @@ from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
 
-FILE = "model.safetensors"
 QUANTIZED = Rule(action="quantize", why="it is quantized")
 KEPT = Rule(action="keep", why="it is not quantized")
 
@@ -39,21 +41,31 @@ KEPT = Rule(action="keep", why="it is not quantized")
 def save(weights: Mapping[str, Any], path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
     """Write tensors and `QuantizedTensor`s by name, such as `quantize` gives, to a new folder.
 
-    It holds model.safetensors under the names that the engine looks for, and config.json: the model's `config` with the
-    quantization that the engine must know of. bitsandbytes, HQQ, BitNet and compressed-tensors are written as
-    transformers (and vLLM) load them, MLX as mlx-lm does, which needs the config. Without a config, config.json has the
-    quantization alone. Tokenizers and other files are the caller's. Of tied tensors one is written.
+    It is what a job writes by default: bitsandbytes, BitNet and compressed-tensors as transformers (and vLLM) load
+    them, MLX as mlx-lm does, in model.safetensors; HQQ as hqq does, in qmodel.pt (transformers 5 loads no HQQ). Beside
+    it is config.json: the model's `config` with the quantization that the engine must know of. The config is that of
+    config.json, or transformers' object for it; None is the one that was given to `quantize`. Without any, config.json
+    has the quantization alone, which no engine loads as a model, and MLX is refused. Tokenizers and other files are the
+    caller's. Of tied tensors one is written.
 
     The tensors are written as they lie in memory, one after another; the folder appears when all of it is on the disk.
+    What the engine will not do with it, such as experts that hqq does not find, is a `UserWarning`.
 
     Raises:
-        BadSpec: the path exists, or a tensor cannot be saved so: GGUF's types, those of two engines in one folder, what
-            the engine could not load.
+        BadSpec: the path exists, these are no tensors by name, or a tensor cannot be saved so: GGUF's types, those of
+            two engines in one folder, what the engine could not load.
         StorageError: it cannot be written.
     """
     address = _new_folder(path)
     layout = _layout_of(weights)
-    saved = Saved(weights, layout, dict(config or {}))
+    if config is None and isinstance(weights, QuantizedWeights):
+        config = weights.config
+    model = model_config(config)
+    if layout.name == "mlx":
+        check_known_to_mlx(model)
+    saved = Saved(weights, layout, model)
+    for said in saved.warnings:
+        warnings.warn(said, stacklevel=2)
     destination = destination_at(address, uuid.uuid4().hex[:12])
     destination.prepare(overwrite=False)
     try:
@@ -79,6 +91,11 @@ def _layout_of(weights: Mapping[str, Any]) -> Layout:
     Raises:
         BadSpec: they are of several engines, or of one whose files are not made so; both are named.
     """
+    if not isinstance(weights, Mapping):
+        raise BadSpec(
+            f"weights: expected tensors by name, found {type(weights).__name__};"
+            " save({'model.layers.0.mlp.up_proj.weight': tensor}, ...) saves one"
+        )
     if not weights:
         raise BadSpec("weights: expected some, found an empty mapping")
     first = {each.scheme.engine: name for name, each in weights.items() if isinstance(each, QuantizedTensor)}
@@ -86,8 +103,7 @@ def _layout_of(weights: Mapping[str, Any]) -> Layout:
         said = ", ".join(f"{name} for {engine}" for engine, name in first.items())
         raise BadSpec(f"weights: expected tensors of one engine, found {said}; save them apart")
     [(engine, name)] = first.items() or [("plain", "")]
-    # HQQ's own layout is a pickle; transformers reads the same tensors from safetensors.
-    found = LAYOUTS["hf" if engine == "hqq" else BY_ENGINE[engine]]
+    found = LAYOUTS[BY_ENGINE[engine]]
     if found.name == "gguf":
         raise BadSpec(
             f"{name}: a tensor of llama.cpp's types is saved in a GGUF, whose names and settings are made of a whole"
@@ -149,9 +165,17 @@ class Saved:
             dropping = layout.left_out(self._checkpoint)
         self._decisions = [self._decision(tensor, dropping) for tensor in tensors]
         self._placed = layout.place(self._checkpoint, self._decisions)
+        self.warnings = layout.warnings(self._decisions)  # what the engine will not do
         self._parts: dict[str, list[Part]] = {}
         stored = [self._stored(placed, role) for placed in self._placed for role in placed.stored]
-        self._file: OutputFile = safetensors.lay_out(FILE, stored, layout.about(self._checkpoint, self._placed))
+        # hqq's file is described as a whole, other layouts' are described one by one.
+        about: Any = (
+            layout.modules(self._checkpoint, self._placed)
+            if isinstance(layout, HqqLayout)
+            else layout.about(self._checkpoint, self._placed)
+        )
+        self._container = CONTAINERS[layout.containers[0]]
+        self._file: OutputFile = self._container.lay_out(layout.file or self._container.single, stored, about)
 
     def _given(self, tensor: LogicalTensor) -> Any:
         """Return the tensor that a logical one is made of."""
@@ -191,27 +215,39 @@ class Saved:
     def write(self, destination: Destination) -> None:
         """Write all files; config.json, without which nobody takes the folder for a model, is the last."""
         file, layout = self._file, self._layout
-        destination.join(f"files/{FILE}", self._chunks(), file.size)
+        destination.join(f"files/{file.name}", self._chunks(), file.size)
         parameters = sum(decision.tensor.spec.numel for decision in self._decisions)
         index = layout.index([file], file.tensor_bytes, parameters)
         if index is not None:
-            destination.stage(f"{FILE}.index.json", json_bytes(index))
+            destination.stage(f"{file.name}.index.json", json_bytes(index))
         config = layout.config(self._checkpoint, self._decisions, None)
-        if config is None and any(decision.action == "quantize" for decision in self._decisions):
+        quantizes = any(decision.action == "quantize" for decision in self._decisions)
+        if config is None and quantizes and not isinstance(layout, HqqLayout):  # whose qmodel.pt says it
             config = config_json({}, self._decisions, self._checkpoint.family, None)
         if config is not None:
             destination.stage("config.json", json_bytes(config))
 
     def _chunks(self) -> Iterator[bytes]:
-        """Yield the bytes of the weight file."""
-        file = self._file
-        [(_, head)] = safetensors.frame(file, safetensors.place(file, {}), lambda offset, size: 0)
-        yield head
-        for slot in file.slots:
-            for part in sorted(self._parts[slot.name], key=lambda part: part.offset):
-                raw = self._bytes(part)
-                for at in range(0, raw.size, BLOCK):
-                    yield raw[at : at + BLOCK].tobytes()
+        """Yield the bytes of the weight file: those of its container, and between them the tensors."""
+        places = self._container.place(self._file, {})
+        starts = {start: name for name, (start, size) in places.items() if size}
+
+        def checksum(offset: int, size: int) -> int:
+            crc = 0
+            for block in self._blocks(starts[offset]) if size else ():
+                crc = zlib.crc32(block, crc)
+            return crc
+
+        frame = dict(self._container.frame(self._file, places, checksum))
+        for offset in sorted({*frame, *starts}):
+            yield from (frame[offset],) if offset in frame else self._blocks(starts[offset])
+
+    def _blocks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a tensor of the file."""
+        for part in sorted(self._parts[name], key=lambda part: part.offset):
+            raw = self._bytes(part)
+            for at in range(0, raw.size, BLOCK):
+                yield raw[at : at + BLOCK].tobytes()
 
     def _bytes(self, part: Part) -> np.ndarray:
         given = self._given(part.placed.tensor)

@@ -23,9 +23,10 @@ class Gate:
     def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
         """Say why a tensor must not pass, or return None."""
         if error.nonfinite and not self.allow_nonfinite:
+            yes = "true" if self.settings else "True"  # as a job's setting has it, and as Python has it
             return (
                 f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
-                f" {self.settings}allow_nonfinite=true"
+                f" {self.settings}allow_nonfinite={yes}"
             )
         # Where the source itself holds a NaN, its whole group may decode to NaN, in the engine too: that is no fault.
         if error.nonfinite_decoded and not error.nonfinite:

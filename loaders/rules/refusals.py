@@ -108,7 +108,10 @@ def refusal_line(
         mine = [d.tensor for d in decisions if d.action == "quantize" and d.scheme == refused[0].scheme]
         said += _other_groups(refused[0].scheme, refused[0].rule.label, mine)
     if is_ragged or len(tensors) > 1:
-        said += f"; to keep {'it' if len(tensors) == 1 else 'them'}: rules='[{{action: keep, {_condition(tensors)}}}]'"
+        keeping = setting("leave {it} out, or let a job keep {it} by rules=").format(
+            it="it" if len(tensors) == 1 else "them"
+        )
+        said += f"; {keeping}'[{{action: keep, {_condition(tensors)}}}]'"
     return said + (_cost(decisions, kept_dtype) if is_ragged else "")
 
 

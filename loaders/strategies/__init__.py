@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from inspect import signature
 from typing import Any
 
 from loaders.errors import BadSpec
@@ -12,7 +11,7 @@ from loaders.near_misses import near, unknown_setting
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.auto import AutoLoader
-from loaders.strategies.base import PieceReader, Reader, TensorBytes, WeightLoader, WeightSlice
+from loaders.strategies.base import PieceReader, Reader, TensorBytes, WeightLoader, WeightSlice, settings_of
 from loaders.strategies.eager import EagerLoader, SafetensorsLoader
 from loaders.strategies.fastsafetensors import FastSafetensorsLoader
 from loaders.strategies.full import FullLoader
@@ -56,6 +55,7 @@ __all__ = [
     "WeightLoader",
     "WeightSlice",
     "loader",
+    "settings_of",
 ]
 
 
@@ -80,9 +80,3 @@ def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
 def small_reader(files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
     """Open tensors of which a few bytes are read while a checkpoint is opened or checked, in any kind of store."""
     return LOADERS["read" if files.store.is_local else "remote"]().open(files, specs)
-
-
-def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
-    """Return the names of a strategy's settings."""
-    named = () if made.__init__ is object.__init__ else tuple(signature(made).parameters)
-    return tuple(name for name in named if name not in made.second_names)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -146,6 +147,10 @@ class WeightLoader(ABC):
     def ahead(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[None]:
         """Begin to fetch what `open` will be asked for in the block, in about this order, if the strategy does that."""
         yield
+
+    def __repr__(self) -> str:
+        own = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name in settings_of(type(self)))
+        return f"{type(self).__name__}({own})"
 
     # --- the same for all strategies, by open()
 
@@ -293,14 +298,16 @@ class WeightLoader(ABC):
                 yield watch
         finally:
             self.stats = self.stats + LoadStats(
-                files=len(watch.files),
-                tensors=watch.tensors,
-                bytes=watch.bytes,
-                read_s=watch.seconds,
-                wall_s=time.perf_counter() - began,
-                peak_anonymous_bytes=memory.peak_bytes,
+                files=len(watch.files), tensors=watch.tensors, bytes=watch.bytes, read_s=watch.seconds,
+                wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes,
                 **by_warmth(share, watch.bytes),
-            )
+            )  # fmt: skip
+
+
+def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
+    """Return the names of a strategy's settings."""
+    named = () if made.__init__ is object.__init__ else tuple(signature(made).parameters)
+    return tuple(name for name in named if name not in made.second_names)
 
 
 class Stopwatch:
@@ -359,6 +366,8 @@ def local_root(files: PinnedFiles, strategy: str) -> Path:
 def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[WeightSpec]:
     if names is None:
         return checkpoint.weights
+    if isinstance(names, str):  # whose letters would be taken for names
+        raise BadSpec(f"names: expected a list of names, found the text {names!r}; give [{names!r}]")
     wanted = set(names)
     unknown = sorted(wanted - {spec.name for spec in checkpoint.weights})
     if unknown:

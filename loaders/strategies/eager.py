@@ -76,6 +76,7 @@ class SafetensorsLoader(WeightLoader):
         ways: dict[str, type[WeightLoader]] = {way.name: way for way in (LazyLoader, EagerLoader)}
         if chosen not in ways:
             raise BadSpec(f"strategy: expected lazy or eager, found {chosen!r}; loader({chosen!r}) makes any other")
+        self.strategy = chosen
         self._by = ways[chosen]()
         self.name = self._by.name  # type: ignore[misc]
         self.not_for_jobs = self._by.not_for_jobs  # type: ignore[misc]

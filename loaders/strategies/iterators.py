@@ -42,13 +42,14 @@ def safetensors_weights_iterator(
     """Yield (name, tensor) of weight files.
 
     hf_weights_files: a list of files, or whatever else `WeightLoader.iterate_weights` takes.
-    use_tqdm_on_load: show a bar of the bytes on standard error; of several ranks, the first shows it.
+    use_tqdm_on_load: True shows a bar of the bytes on standard error; of several ranks, the first shows it.
     safetensors_load_strategy: "lazy" or None maps files; "eager" reads all into memory before the first tensor;
     "prefetch" has threads fetch ahead.
     local_expert_ids: of tensors of experts (`.experts.N.`), only these are read.
 
     Raises:
-        BadSpec: no such strategy, or as `WeightLoader.iterate_weights`; before a weight is read.
+        BadSpec: no such strategy, a bar that is neither True nor False, or as `WeightLoader.iterate_weights`; before a
+            weight is read.
     """
     ways: dict[str | None, type[WeightLoader]] = {
         None: LazyLoader, "lazy": LazyLoader, "eager": EagerLoader, "prefetch": MultiThreadWeightLoader,
@@ -151,6 +152,18 @@ def gguf_quant_weights_iterator(gguf_file: Given, gguf_to_hf_name_map: Mapping[s
 
 def _iterated(
     made: WeightLoader, checkpoint: Checkpoint, device: str, shows: bool, experts: Collection[int] | None = None
+) -> Weights:
+    # A device in its place would be taken for a yes.
+    if not isinstance(shows, bool):
+        raise BadSpec(
+            f"use_tqdm_on_load: expected True or False, found {shows!r}; no device is given here: loader(...)"
+            ".iterate_weights(files, device) takes one"
+        )
+    return _yielded(made, checkpoint, device, shows, experts)
+
+
+def _yielded(
+    made: WeightLoader, checkpoint: Checkpoint, device: str, shows: bool, experts: Collection[int] | None
 ) -> Weights:
     names = [spec.name for spec in checkpoint.weights if _is_local(spec.name, experts)]
     sizes = {spec.name: spec.size for spec in checkpoint.weights}

@@ -87,7 +87,7 @@ PROGRAM = """
     weightmill.verfy("out")
     run(quant=4)
 """
-SAID = ['"str"', "QuantizedTensor", '"dict[str, Any]"', '"verfy"', "incompatible type"]
+SAID = ['"str"', "QuantizedTensor", "QuantizedWeights", '"verfy"', "incompatible type"]
 # What is not asked about here, and takes a checker most of its time to read.
 SETTINGS = """
     [mypy]

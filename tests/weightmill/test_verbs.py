@@ -116,6 +116,8 @@ def test_an_experiment_may_be_a_sweep(folder: Path) -> None:
     ("settings", "said", "where", "hint"),
     [
         ({"quant": "nf5"}, "unknown choice 'nf5'", "quant", "did you mean 'nf4'"),
+        ({"quant": "nf5"}, "unknown choice 'nf5'", "quant", "preset_names() lists all"),
+        ({"quant": "nf4,hqq4"}, "expected one choice", "quant", "is a sweep: quant=['nf4', 'hqq4']"),
         ({"modle": "x"}, "unknown key", "modle", "did you mean 'model'?"),
         ({"unit_mb": "many"}, "expected a number", "unit_mb", None),
         ({"quant": object()}, "unknown choice", "quant", None),

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
-from loaders.errors import VerifyFailed
+from loaders.errors import LEAVE, VerifyFailed, setting
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.runs import codes_by_chunks
@@ -72,7 +72,7 @@ class Ternary:
         if len(spec.shape) != 2:
             return f"its shape is {list(spec.shape)}; ternary takes matrices"
         if spec.shape[0] % 4 or spec.numel == 0:
-            return f"its {spec.shape[0]} rows are no multiple of 4, and a byte holds four rows; keep it by a rule"
+            return f"its {spec.shape[0]} rows are no multiple of 4, and a byte holds four rows; {setting(LEAVE)}"
         return None
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
-from loaders.errors import VerifyFailed
+from loaders.errors import LEAVE, VerifyFailed, setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
@@ -117,7 +117,7 @@ class Hqq:
         if self.axis == 1 and self.bits != 3 and groups % parts:
             return (
                 f"its {groups} groups of {self.group_size} are no multiple of {parts}, and a byte holds the"
-                f" {self.bits}-bit codes of {parts} groups; use another quant.group_size, or keep it by a rule"
+                f" {self.bits}-bit codes of {parts} groups; use another {setting('group_size')}, or {setting(LEAVE)}"
             )
         return None
 

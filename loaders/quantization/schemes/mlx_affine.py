@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
+from loaders.errors import LEAVE, setting
 from loaders.quantization.grid import LEAST, ROUNDING, SMALL
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work, fits
@@ -68,7 +69,7 @@ class MlxAffine:
         if len(spec.shape) not in (2, 3) or spec.numel == 0:
             return f"its shape is {list(spec.shape)}; MLX quantizes matrices, one or a stack of them"
         if spec.shape[-1] % self.group_size:
-            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
+            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; {setting(LEAVE)}"
         return None
 
     def scale_dtype(self, spec: TensorSpec) -> DType:

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.errors import LEAVE, setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
@@ -81,7 +82,7 @@ class MlxFloat:
         if len(spec.shape) not in (2, 3) or spec.numel == 0:
             return f"its shape is {list(spec.shape)}; MLX quantizes matrices, one or a stack of them"
         if spec.shape[-1] % self.group_size:
-            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
+            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; {setting(LEAVE)}"
         return None
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:

@@ -268,7 +268,7 @@ def test_nan_and_errors_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     tensors = llama_tensors()
     tensors[UP].data[3, 5] = 0x7FC0
     root = write_checkpoint(tmp_path / "m", tensors)
-    with pytest.raises(VerifyFailed, match=r"up_proj.*holds 1 NaN.*with allow_nonfinite=true"):
+    with pytest.raises(VerifyFailed, match=r"up_proj.*holds 1 NaN.*with allow_nonfinite=True"):
         load_weights(root, "nf4")
     assert load_weights(root, "nf4", allow_nonfinite=True)[0]
     assert load_weights(root)[0]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loaders import BadSpec, Progress, QuantizedTensor, VerifyFailed, load_weights, preset_names, quantize
+from loaders import (
+    BadSpec,
+    Progress,
+    QuantizedTensor,
+    SafetensorsLoader,
+    VerifyFailed,
+    load_weights,
+    preset_names,
+    quantize,
+)
 from loaders.backends.memory import PeakMemory
 from loaders.places import DEMO
 
@@ -118,6 +130,8 @@ def test_tied_tensors_are_one() -> None:
         (torch.eye(4).to_sparse(), "found torch.sparse_coo"),
         (np.ones((4, 4), np.complex128), "found complex128; cast it first"),
         (np.ones((4, 4), np.int32), "layer.weight"),
+        (np.ones((4, 4), np.uint16), "layer.weight: expected a dtype of weights, found numpy's uint16"),
+        ({"foo": torch.ones(64, 64)}, "tensors: none of 1 tensor is quantized (foo: no matrix of a linear layer)"),
     ],
     ids=str,
 )
@@ -136,3 +150,78 @@ def test_settings_and_values_are_checked_as_in_a_load(tmp_path: Path) -> None:
     broken[3, 3] = float("nan")
     with pytest.raises(VerifyFailed, match="NaN"):
         quantize(broken, "nf4")
+
+
+def test_weights_that_a_loader_gives_as_uint16_are_refused() -> None:
+    stored = SafetensorsLoader().load_weights(DEMO)
+    with pytest.raises(BadSpec, match=r"uint16, as which loaders give bfloat16; load it as torch's \(device='cpu'\)"):
+        quantize(stored, "nf4")
+
+
+def test_numpy_has_bfloat16_by_ml_dtypes() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    weights = MATRIX.bfloat16()
+    array = weights.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    assert parts_of(quantize(array, "nf4")) == parts_of(quantize(weights, "nf4"))
+
+
+def test_what_an_engine_keeps_is_noted_where_nothing_is_quantized() -> None:
+    kept = {"model.norm.weight": torch.ones(64), "model.embed_tokens.weight": torch.ones(64, 64)}
+    made = quantize(kept, "nf4")
+    assert made["model.norm.weight"] is kept["model.norm.weight"]
+    assert made.notes == ("none of 2 tensors is quantized (model.embed_tokens.weight: bitsandbytes keeps embeddings)",)
+    assert quantize({"foo": torch.ones(64, 64)}, "none").notes == ()
+
+
+def test_mlx_asks_for_the_config() -> None:
+    with pytest.raises(BadSpec, match=r"config: a model without model_type .*; give its config.json as config="):
+        quantize({"model.layers.0.mlp.up_proj.weight": MATRIX}, "mlx_int4")
+    assert isinstance(quantize(MATRIX, "mlx_int4"), QuantizedTensor)
+
+
+def test_remedies_are_those_of_python() -> None:
+    ragged = torch.ones(64, 77)
+    for preset in ("w4a16", "mlx_int4", "ternary"):
+        with pytest.raises(BadSpec, match="leave it out, or let a job keep it by") as refused:
+            quantize(ragged[:62], preset)
+        assert "to keep it:" not in str(refused.value)
+    with pytest.raises(BadSpec, match=r"rules: no such setting; they are a job's: weightmill.run\(..., rules=...\)"):
+        quantize(MATRIX, "nf4", rules="[]")
+    with pytest.raises(VerifyFailed, match="with allow_nonfinite=True$"):
+        quantize(torch.full((64, 64), float("nan")), "nf4")
+
+
+@pytest.mark.parametrize("preset", ["nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_0", "ternary"])
+def test_quantized_tensors_are_copied_and_pickled(preset: str) -> None:
+    made = quantize(MATRIX, preset)
+    file = io.BytesIO()
+    torch.save({"a": made}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)["a"]
+    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), saved):
+        assert repr(other) == repr(made)
+        assert parts_of(other) == parts_of(made)
+        assert torch.equal(other.dequantize(), made.dequantize())
+
+
+def test_a_mapping_is_shown_in_a_line_and_has_its_size(demo: dict[str, Any]) -> None:
+    config = {"model_type": "llama"}
+    made = quantize(demo, "nf4", config=config)
+    size = sum(each.nbytes for each in made.values())
+    assert made.nbytes == size
+    assert repr(made) == f"QuantizedWeights(29 tensors, 21 quantized (bnb4), {size:,} bytes)"
+    for other in (made.copy(), copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert (other.config, [*other], other.nbytes) == (config, [*made], size)
+    assert quantize(demo, "none").nbytes == sum(each.nbytes for each in demo.values())
+
+
+@pytest.mark.parametrize("device", ["CPU", "cpu:0"])
+def test_the_cpu_goes_by_other_names(device: str) -> None:
+    assert quantize(MATRIX, "nf4", device=device).device == "cpu"
+    assert quantize(MATRIX, "nf4").to(device).device == "cpu"
+    for weights in (
+        load_weights(DEMO, device=device)[0],
+        load_weights(DEMO, quantize="nf4", device=device)[0],
+        SafetensorsLoader().load_weights(DEMO, device),
+    ):
+        assert str(weights["model.norm.weight"].device) == "cpu"

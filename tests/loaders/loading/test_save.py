@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import BadSpec, StorageError, load_weights, quantize, save
+from loaders import BadSpec, QuantizedTensor, StorageError, load_weights, quantize, save
 from loaders.loading.save import Saved
 from loaders.places import DEMO
 from tests import passes
@@ -17,7 +17,7 @@ from tests.engines import mlx_lm_or_skip
 
 torch = pytest.importorskip("torch")
 SAVED = {
-    "nf4": (), "int8": (), "hqq4": ("output=hf",), "w4a16": (), "fp8_block": (), "nvfp4a16": (), "ternary": (),
+    "nf4": (), "int8": (), "hqq4": (), "w4a16": (), "fp8_block": (), "nvfp4a16": (), "ternary": (),
     "mlx_int4": (), "mlx_mixed_4_6": (), "mlx_mxfp4": (),
 }  # fmt: skip
 MATRIX = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,8 @@ def test_it_is_what_a_job_writes(preset: str, demo: dict[str, Any], config: dict
     mine = passes.Written(out, json.loads((out / "config.json").read_text()))
     assert mine.tensors == job.tensors
     assert mine.config == job.config
-    names = {"model.safetensors", "config.json", *(["model.safetensors.index.json"] if "mlx" in preset else [])}
+    file = "qmodel.pt" if "hqq" in preset else "model.safetensors"
+    names = {file, "config.json", *(["model.safetensors.index.json"] if "mlx" in preset else [])}
     assert {each.name for each in out.iterdir()} == names
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
@@ -56,6 +57,18 @@ def test_transformers_loads_it(demo: dict[str, Any], config: dict[str, Any], tmp
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert isinstance(model.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+
+
+@pytest.mark.engine
+def test_hqq_loads_it(demo: dict[str, Any], config: dict[str, Any], tmp_path: Path) -> None:
+    base = pytest.importorskip("hqq.models.hf.base")
+    made = quantize(demo, "hqq4", config=config)
+    save(made, tmp_path / "out", config=config)
+    model = base.AutoHQQHFModel.from_quantized(str(tmp_path / "out"), compute_dtype=torch.bfloat16, device="cpu")
+    up = model.model.layers[0].mlp.up_proj
+    mine = made["model.layers.0.mlp.up_proj.weight"].dequantize()
+    assert torch.allclose(up.dequantize().float(), mine.float(), atol=1e-2)
+    assert torch.equal(model.model.norm.weight, demo["model.norm.weight"])
 
 
 @pytest.mark.engine
@@ -112,11 +125,16 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             lambda: {"a": quantize(MATRIX, "nf4"), "b": quantize(MATRIX, "hqq4")},
             "weights: expected tensors of one engine, found a for bitsandbytes, b for hqq",
         ),
-        (lambda: {"layer.weight": quantize(MATRIX, "mlx_int4")}, "a model without model_type"),
+        (
+            lambda: {"layer.weight": quantize(MATRIX, "mlx_int4")},
+            "config: a model without model_type is not one whose layers and names mlx-lm has; give its config.json",
+        ),
+        (lambda: quantize(MATRIX, "nf4"), "weights: expected tensors by name, found QuantizedTensor; save({"),
+        (lambda: {"a": np.zeros((4, 4), np.uint16)}, "a: expected a dtype of weights, found numpy's uint16"),
         (lambda: {"a": 3}, "a: expected a tensor of torch or an array of numpy, found int"),
         (dict, "weights: expected some, found an empty mapping"),
     ],
-    ids=["gguf", "two engines", "mlx without config", "no tensor", "nothing"],
+    ids=["gguf", "two engines", "mlx without config", "no mapping", "bfloat16 of numpy", "no tensor", "nothing"],
 )
 def test_what_cannot_be_saved_so_is_refused_by_name(weights: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(BadSpec) as refused:
@@ -149,3 +167,46 @@ def test_tied_weights_that_differ_are_both_saved(tmp_path: Path) -> None:
     other = {**same, names[1]: quantize(2 * MATRIX, "w8a8", name=names[1])}
     save(other, tmp_path / "other", config=config)
     assert "lm_head.weight_scale" in load_weights(tmp_path / "other")[0]
+
+
+def test_the_config_of_quantize_goes_along(demo: dict[str, Any], config: dict[str, Any], tmp_path: Path) -> None:
+    made = quantize(demo, "mlx_int4", config=config)
+    save(made, tmp_path / "alone")
+    save(dict(made), tmp_path / "given", config=config)
+    one, other = ((tmp_path / name / "config.json").read_text() for name in ("alone", "given"))
+    assert one == other
+    assert json.loads(one)["model_type"] == "llama"
+
+
+def test_a_config_may_be_transformers_own(demo: dict[str, Any], config: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    own = transformers.LlamaConfig(**config)
+    made = quantize(demo, "w4a16", config=own)
+    save(made, tmp_path / "out", config=own)
+    assert {n for n, t in made.items() if isinstance(t, QuantizedTensor)} == {
+        n for n, t in quantize(demo, "w4a16", config=config).items() if isinstance(t, QuantizedTensor)
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    for wrong in (str(DEMO / "config.json"), transformers.LlamaConfig, 3):
+        with pytest.raises(BadSpec, match=r"config: expected a model's config.json as a mapping, .* found "):
+            save(made, tmp_path / "other", config=wrong)  # type: ignore[arg-type]
+        with pytest.raises(BadSpec, match=r"config: expected a model's config.json as a mapping"):
+            quantize(demo, "w4a16", config=wrong)  # type: ignore[call-overload]
+
+
+def test_hqq_without_a_config_is_read_back(tmp_path: Path) -> None:
+    made = quantize({"model.layers.0.mlp.up_proj.weight": MATRIX, "norm.weight": MATRIX[0]}, "hqq4")
+    save(made, tmp_path / "out")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["qmodel.pt"]
+    back, _ = load_weights(tmp_path / "out", dtype="float32")
+    [name] = [each for each in made if "up_proj" in each]
+    assert torch.allclose(back[name], made[name].dequantize("float32"), atol=1e-3)
+    assert torch.equal(back["norm.weight"], MATRIX[0])
+
+
+def test_what_the_engine_will_not_do_is_warned_of(tmp_path: Path) -> None:
+    """As a job does: hqq under transformers 5 finds no experts."""
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.0.up_proj.weight")
+    made = quantize(dict.fromkeys(names[:1], MATRIX) | {names[1]: MATRIX.clone()}, "hqq4")
+    with pytest.warns(UserWarning, match="hqq finds experts that lie one by one beside transformers 4 only"):
+        save(made, tmp_path / "out")

@@ -87,9 +87,8 @@ def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> N
         decide(tensors_in, Ternary(), rules)
     assert len(caught.value.problems) == 2
     assert "rules[0]: cannot quantize 5 tensors (model.layers.0.post_attention_layernorm.weight" in str(caught.value)
-    assert " first): their shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
-        caught.value
-    )
+    said = "leave them out, or let a job keep them by rules='[{action: keep, name: "
+    assert f" first): their shape is [64]; ternary takes matrices; {said}" in str(caught.value)
 
 
 def test_rows_that_do_not_divide_are_refused_by_ternary_before_the_work(tmp_path: Path) -> None:
@@ -155,7 +154,8 @@ def test_a_refusal_of_ragged_rows_names_the_groups_that_fit_and_what_keeping_cos
     with pytest.raises(BadSpec) as caught:
         decide(tensors_in, PackedInt(4, 128, True), ())
     said = str(caught.value)
-    assert "64 columns do not divide into groups of 128; group_size=64 fits all; to keep them: rules=" in said
+    remedy = "leave them out, or let a job keep them by rules="
+    assert f"64 columns do not divide into groups of 128; group_size=64 fits all; {remedy}" in said
     [pattern] = re.findall(r'rules=.*name: "(.*)"', said)
     kept = decide(tensors_in, PackedInt(4, 128, True), (own("keep", name=pattern),))
     output = size(sum(part.size for d in kept if d.encoding is not None for part in d.encoding.stored.values()))

@@ -109,5 +109,8 @@ def test_bad_requests_are_refused_at_the_call(tmp_path: Path) -> None:
     made("safetensors", tmp_path / "m")
     with pytest.raises(BadSpec, match="expected lazy, eager or prefetch, found 'torchao'"):
         loaders.safetensors_weights_iterator(tmp_path / "m", False, "torchao")
+    for iterated in (loaders.safetensors_weights_iterator, loaders.pt_weights_iterator):
+        with pytest.raises(BadSpec, match="use_tqdm_on_load: expected True or False, found 'cuda'; no device is given"):
+            iterated(tmp_path / "m", "cuda")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"none.safetensors"):
         loaders.multi_thread_safetensors_weights_iterator([tmp_path / "m" / "none.safetensors"], True)

@@ -202,3 +202,21 @@ def test_weights_on_a_gpu_are_the_stored_ones(name: str, tmp_path: Path) -> None
     found = loader(name).load_weights(tmp_path / "m", device="cuda")
     assert {t.device.type for t in found.values()} == {"cuda"}
     assert {n: fastsafetensors._bytes_of(t.cpu()).tobytes() for n, t in found.items()} == wanted
+
+
+def test_loaders_are_shown_with_their_settings() -> None:
+    assert repr(SafetensorsLoader("eager")) == "SafetensorsLoader(strategy='eager')"
+    assert repr(loader("lazy")) == "LazyLoader()"
+    shown = repr(StreamingWeightLoader(memory_budget_mb=64))
+    assert shown == "StreamingWeightLoader(memory_budget_mb=64, prefetch_count=2, priority_weights=())"
+    assert repr(MultiThreadWeightLoader(3)).startswith("MultiThreadWeightLoader(max_workers=3, ")
+
+
+def test_a_text_is_no_list_of_names(tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    for call in (
+        loader("lazy").load_weights,
+        lambda path, names: next(loader("lazy").iterate_weights(path, names=names)),
+    ):
+        with pytest.raises(BadSpec, match=r"names: expected a list of names, found the text 'a.b'; give \['a.b'\]"):
+            call(tmp_path / "m", names="a.b")  # type: ignore[operator]
