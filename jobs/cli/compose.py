@@ -304,7 +304,9 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
 
 def misnamed(config: Any) -> list[str]:
     """Return a problem if the quantization has the name of another preset: an output would be called what it is not."""
-    chosen, name = config.hydra.runtime.choices.get("quant"), (config.get("quant") or {}).get("name")
+    # Of another verb, or in a file of one's own, `quant` may be a text.
+    quant, chosen = config.get("quant"), config.hydra.runtime.choices.get("quant")
+    name = quant.get("name") if hasattr(quant, "get") else chosen
     if name == chosen or None in (preset_values(str(chosen)), preset_values(str(name))):
         return []
     return [f"quant.name: {name} is the name of another preset than quant={chosen}; quant={name} chooses that one"]

@@ -104,7 +104,7 @@ SAID = [
     "QuantizedTensor",
     '"dict[str, Any]"',
     '"verfy"',
-    "incompatible type",
+    "No overload variant of",
 ]
 # What is not asked about here, and takes a checker most of its time to read.
 SETTINGS = """
@@ -129,6 +129,7 @@ def test_a_checker_sees_the_types_of_a_user_s_program(tmp_path: Path) -> None:
         env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     said = [line for line in ran.stdout.splitlines() if line.startswith(("program.py", "readme"))]
+    said = [line for line in said if "error:" in line or "Revealed type" in line]  # not what overloads there are
     said = [line.replace("builtins.", "") for line in said]  # as older versions write them
     assert len(said) == len(SAID), ran.stdout
     for line, wanted in zip(said, SAID, strict=True):
