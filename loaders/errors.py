@@ -6,6 +6,7 @@ Every message says what is wrong, where, what was expected, what was found, and 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ class Problem:
     """One thing that is wrong, as its `text` says it: "WHERE: expected A, found B; what to do".
 
     where: the setting, file or tensor. what: the text without that and without the hint. expected, found: of the
-    value. hint: what to do. None for what the text does not say.
+    value; texts without quotes, of a failed gate the limit and the measured number. hint: what to do. None for what the
+    text does not say.
     """
 
     text: str
@@ -53,24 +55,46 @@ class Problem:
     @staticmethod
     def of(text: str) -> Problem:
         """Take a message apart."""
-        said, *rest = _parts(text, "; ")
+        said, *rest = _parts(text.removeprefix("not published: "), "; ")
         lead, colon, after = _cut(said, ": ")
-        where = _PLACE.fullmatch(lead) if colon else None
-        what = after if where else said
+        place = _PLACE.fullmatch(lead) if colon else None
+        what, where = (after, place[1]) if place else (said, None)
         # What was found may stand at the end, after what to do.
         ends = [part for part in rest if part.startswith("found ")]
-        expected, found = _EXPECTED.search(what), _FOUND.search("; ".join([what, *ends]))
+        says_expected, says_found = _EXPECTED.search(what), _FOUND.search("; ".join([what, *ends]))
+        expected, found = says_expected and says_expected[1], says_found and _unquoted(says_found[1])
+        if unknown := _UNKNOWN.search(what):
+            found = _unquoted(unknown[1]) if unknown[1] else unknown[2] or where
+        elif limit := _LIMIT.search(what):
+            where, found = where or limit["setting"], limit["found"]
+            expected = f"at {'least' if limit['side'] == 'below' else 'most'} {limit['most'] or limit['limit']}"
         hint = "; ".join(part for part in rest if part not in ends)
-        return Problem(
-            text=text, where=where[1] if where else None, what=what, expected=expected[1] if expected else None,
-            found=found[1] if found else None, hint=hint or None,
-        )  # fmt: skip
+        return Problem(text=text, where=where, what=what, expected=expected, found=found, hint=hint or None)
 
 
 # A setting, a file or settings of a job; "making PATH", where a file could not be made.
 _PLACE = re.compile(r"(?:\w+ing (?=\S*/))?(\S+|/.*|(?:[\w.]+=\S+ ?)+)")
 _EXPECTED = re.compile(r"\bexpected (.+?)(?:,? (?:but )?found\b|$)", re.DOTALL)
 _FOUND = re.compile(r"\bfound (.+)$", re.DOTALL)
+# A choice is told with what was found; an unknown key is it itself.
+_UNKNOWN = re.compile(r"\bunknown (?:\w+ )?('[^']*'|\"[^\"]*\")|(?:(\S+): )?\bunknown key\b")
+# Of a gate: of a tensor's error, or of what an output computes.
+_LIMIT = re.compile(
+    r" (?P<found>\d[\d.e+-]*|nan|inf)(?: \([^)]*\))?, (?:at most (?P<most>\S+) allowed"
+    r"|(?P<side>above|below) (?P<setting>[\w.]+)=(?P<limit>\d[\d.e+-]*?)(?=\.? |\.?$))"
+)
+
+
+def _unquoted(text: str) -> str:
+    """Return the text that a message quotes; what is no quoted text stays as it is."""
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or text[0] in text[1:-1].replace(r"\"", ""):
+        return text
+    if text[0] == "'":
+        return text[1:-1]
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text[1:-1]
 
 
 def _cut(text: str, mark: str) -> tuple[str, str, str]:

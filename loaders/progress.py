@@ -15,6 +15,7 @@ class Progress:
     it had done.
     last: the tensor, or the unit of a job's work, that was finished last; empty before the first.
     seconds: since this work began.
+    jobs: of a sweep, those that it is for, as its result names them ("quant=nf4"): one pass is for several.
     """
 
     doing: str
@@ -23,6 +24,7 @@ class Progress:
     counted: str
     last: str
     seconds: float
+    jobs: tuple[str, ...] = ()
 
     @property
     def fraction(self) -> float:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loaders import *  # noqa: F403
     from weightmill.results import JobPlan as JobPlan
     from weightmill.results import JobResult as JobResult
+    from weightmill.results import LintResult as LintResult
     from weightmill.results import PlannedTensor as PlannedTensor
     from weightmill.results import Result as Result
     from weightmill.results import SweepResult as SweepResult
@@ -31,11 +32,26 @@ if TYPE_CHECKING:
 # What is added to the library's list, which is the other part of the list of public names:
 # tests/weightmill/test_public_names.py holds both.
 _OWN = {
-    "results": ("JobPlan", "JobResult", "PlannedTensor", "Result", "SweepResult", "VerifyResult"),
+    "results": ("JobPlan", "JobResult", "LintResult", "PlannedTensor", "Result", "SweepResult", "VerifyResult"),
     "verbs": ("compare", "inspect", "lint", "plan", "run", "verify"),
 }
 _PLACE_OF = {name: f"weightmill.{module}" for module, names in _OWN.items() for name in names}
 _PUBLIC = sorted({"__version__", *_PLACE_OF, *loaders.__all__})
+# What is a command, and no function.
+_COMMANDS = {
+    "recommend": "get_recommended_loader_config recommends in a program",
+    **{verb: f"it is a command: `weightmill {verb}`" for verb in ("bench", "clean", "diff")},
+}
+
+
+def _instead(name: str) -> str:
+    """Say what there is instead of a name."""
+    from loaders.near_misses import near
+
+    said = f"; {_COMMANDS[name]}" if name in _COMMANDS else "" if name.startswith("_") else near(name, _PUBLIC)
+    return f"{said}; verbs that are functions: {', '.join(_OWN['verbs'])}" if name in _COMMANDS else said
+
+
 if not TYPE_CHECKING:  # a checker takes the imports above for the list, and would believe any name of a function
     __all__ = _PUBLIC  # noqa: PLE0605  # made of two lists
 
@@ -45,7 +61,7 @@ if not TYPE_CHECKING:  # a checker takes the imports above for the list, and wou
 
             return version("weightmill")
         if name not in _PUBLIC:
-            raise AttributeError(f"module 'weightmill' has no attribute {name!r}")
+            raise AttributeError(f"module 'weightmill' has no attribute {name!r}{_instead(name)}")
         return getattr(importlib.import_module(_PLACE_OF.get(name, "loaders")), name)
 
 

@@ -26,11 +26,12 @@ FOLDERS = "config_dir"  # the command line's --config-dir
 def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
     """Make the request of a verb from settings by name: {"model": "llama70b", "quant.group_size": 64}.
 
-    Mappings stand for what is below a name: {"quant": {"group_size": 64}}. A list for a setting that takes one value is
+    Mappings stand for what is below a name: {"quant": {"group_size": 64}}. In one, `name` is the choice if nothing else
+    chooses: {"quant": {"name": "nf4"}}. A list for a setting that takes one value is
     a sweep over these values. Of several `parts`, a later one counts where both have a setting.
 
     Raises:
-        BadSpec: a value is of no kind that a setting takes.
+        BadSpec: a value is of no kind that a setting takes, or a list for a verb that does one thing at a time.
     """
     config = verb.config or verb.name
     folders = [os.fspath(each) for part in parts for each in _listed(part.get(FOLDERS))]
@@ -39,6 +40,7 @@ def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
     choices = choices_of(config, take_apart(config, verb.spec, words).folders)
     is_sweep = False
     settings = {key: value for part in parts for key, value in _flat(part, known, choices) if key != FOLDERS}
+    settings = _chosen(settings, choices)
     for key, value in settings.items():
         if key.partition(".")[0].startswith("hydra"):
             raise BadSpec(
@@ -48,6 +50,10 @@ def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
         swept = isinstance(value, list | tuple) and (name in choices or not _takes_a_list(known.get(name)))
         if swept and not value:
             raise BadSpec(f"{name}: expected one value or several to sweep over, found an empty list")
+        if swept and not verb.can_sweep:
+            raise BadSpec(
+                f"{name}: expected one value, found a list; {verb.name} does one thing, run sweeps over lists"
+            )
         is_sweep = is_sweep or swept
         texts = [_text(name, each, options) for each in (value if swept else [value])]
         words.append(f"{name}={','.join(texts)}")
@@ -75,6 +81,16 @@ def _flat(
             yield from _flat(value, known, choices, f"{name}.")
         else:
             yield name, value
+
+
+def _chosen(settings: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return settings in which the name of a choice chooses, where nothing else does; it would label the default."""
+    found = dict(settings)
+    for group, options in choices.items():
+        names = _listed(found.get(f"{group}.name"))
+        if names and all(name in options for name in names) and not {group, PLACES.get(group)} & {*found}:
+            found[group] = found.pop(f"{group}.name")
+    return found
 
 
 def _place(key: str, value: Any, choices: Mapping[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:

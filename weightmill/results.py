@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loaders.errors import VerifyFailed, WeightmillError
+from loaders.words import counted
 
 if TYPE_CHECKING:
     from jobs.cli.verb import Said
@@ -51,9 +53,10 @@ class Result:
 class JobResult(Result):
     """A finished job.
 
-    output: the address of its output. already: whether it was there before, made by the same request from the same
-    source. report: what stands in its weightmill.json: `report.totals` has sizes and errors of all weights,
-    `report.tensors` those of each. tracked: its run in MLflow, and registered: its version in the registry; else None.
+    output: the address of its output, a text; `path` is the folder. already: whether it was there before, made by the
+    same request from the same source. report: what stands in its weightmill.json: `report.totals` has sizes and errors
+    of all weights, `report.tensors` those of each. tracked: its run in MLflow, and registered: its version in the
+    registry; else None.
     """
 
     output: str
@@ -61,6 +64,20 @@ class JobResult(Result):
     report: Report
     tracked: str | None
     registered: str | None
+
+    @property
+    def path(self) -> Path:
+        """The folder of its output.
+
+        Raises:
+            WeightmillError: it lies in a store, which has no folders of this machine.
+        """
+        from loaders.storage.address import Address
+
+        address = Address.of(self.output)
+        if not address.is_local:
+            raise WeightmillError(f"path: {self.output} lies in a store; `output` is its address")
+        return Path(address.path)
 
     def _line(self) -> str:
         totals, quant = self.report.totals, self.report.job.get("quant", {}).get("name")
@@ -176,21 +193,18 @@ class JobPlan(Result):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class VerifyResult(Result):
-    """What verifying an output found: `faults`, none if every byte and every error is as it was recorded.
-
-    tensors: how many were decoded and compared. quality: what judging it in its engine measured, if that was asked for.
-    """
+class Checked(Result):
+    """What a check of an output found. It is true if there are no faults."""
 
     output: str
-    source: str
-    tensors: int
     faults: tuple[str, ...]
-    quality: Mapping[str, Any] | None
 
     @property
     def is_right(self) -> bool:
         return not self.faults
+
+    def __bool__(self) -> bool:
+        return self.is_right
 
     def raise_for_faults(self) -> None:
         """Raise VerifyFailed if there are faults."""
@@ -199,5 +213,32 @@ class VerifyResult(Result):
 
     def _line(self) -> str:
         if self.faults:
-            return f"{self.output}: NOT right, {len(self.faults)} faults, the first: {self.faults[0]}"
+            return f"{self.output}: NOT right, {counted(len(self.faults), 'fault')}, the first: {self.faults[0]}"
+        return f"{self.output}: no faults"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class LintResult(Checked):
+    """What an engine will fail on in a checkpoint: `faults`. `document` has the findings, also those that are none.
+
+    bool() of it, and `is_right`, is whether there are no faults.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class VerifyResult(Checked):
+    """What verifying an output found: `faults`, none if every byte and every error is as it was recorded.
+
+    bool() of it, and `is_right`, is whether there are none.
+
+    tensors: how many were decoded and compared. quality: what judging it in its engine measured, if that was asked for.
+    """
+
+    source: str
+    tensors: int
+    quality: Mapping[str, Any] | None
+
+    def _line(self) -> str:
+        if self.faults:
+            return super()._line()
         return f"{self.output}: {self.tensors} tensors, every byte and every error as recorded"

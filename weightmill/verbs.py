@@ -11,39 +11,59 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from jobs.cli.home import have_home
 from jobs.cli.listening import Listener, listening
 from jobs.cli.verb import Said, Verb
 from jobs.spec.keys import IN_PYTHON
-from loaders.errors import settings_called
+from loaders.errors import BadSpec, settings_called
 from loaders.progress import OnProgress
 from loaders.storage.settings import current, use
 from weightmill.request import is_sweep, request_of
-from weightmill.results import JobPlan, JobResult, Result, SweepResult, VerifyResult
+from weightmill.results import JobPlan, JobResult, LintResult, Result, SweepResult, VerifyResult
 
 Settings = Mapping[str, Any]
 PathLike = str | os.PathLike[str]
 # A progress function of a job may itself ask for something; another thread waits.
 _TURN = threading.RLock()
 R = TypeVar("R")
+# Settings of one job, to a checker: lists are of sweeps, or of `rules`.
+One = PathLike | float | bool | None | Mapping[str, "One"]
 
 
+@overload
+def run(
+    settings: Settings | None = None, /, *, quant: list[str] | tuple[str, ...], model: PathLike | None = None,
+    progress: OnProgress | bool = False, **others: Any,
+) -> SweepResult: ...  # fmt: skip
+@overload
+def run(
+    settings: Mapping[str, One] | None = None, /, *, model: PathLike | None = None,
+    quant: str | Mapping[str, One] | None = None, experiment: None = None, progress: OnProgress | bool = False,
+    **others: One,
+) -> JobResult: ...  # fmt: skip
+@overload
+def run(
+    settings: Settings | None = None, /, *, model: PathLike | None = None,
+    quant: str | list[str] | tuple[str, ...] | Settings | None = None, progress: OnProgress | bool = False,
+    **others: Any,
+) -> JobResult | SweepResult: ...  # fmt: skip
 def run(
     settings: Settings | None = None,
     /,
     *,
     model: PathLike | None = None,
-    quant: str | list[str] | None = None,
+    quant: str | list[str] | tuple[str, ...] | Settings | None = None,
     progress: OnProgress | bool = False,
     **others: Any,
 ) -> JobResult | SweepResult:
     """Quantize a checkpoint as `weightmill run` does, and return the job's result, or that of a sweep.
 
-    model: a preset ("llama70b"), a folder, or a URL ("hf://OWNER/NAME"). quant: a preset; a list is a sweep, and so is
-    one for any other setting that takes one value. output: the folder of the output. progress: a function that is
-    called with a `Progress`, by one thread at a time, or True to print it as the command does.
+    model: a preset ("llama70b"), a folder, or a URL ("hf://OWNER/NAME"). quant: a preset, or a mapping of its name and
+    settings; a list is a sweep, and so is one for any other setting that takes one value, and an experiment that has
+    such. output: the folder of the output. progress: a function that is called with a `Progress`, by one thread at a
+    time, or True to print it as the command does.
 
     The same call again goes on where it was interrupted, and does nothing if the output is there.
 
@@ -68,7 +88,12 @@ def run(
 
 
 def plan(
-    settings: Settings | None = None, /, *, model: PathLike | None = None, quant: str | None = None, **others: Any
+    settings: Settings | None = None,
+    /,
+    *,
+    model: PathLike | None = None,
+    quant: str | Settings | None = None,
+    **others: Any,
 ) -> JobPlan:
     """Say exactly what `run` would do with the same settings, by reading headers alone; nothing is written.
 
@@ -82,9 +107,8 @@ def plan(
 
 
 def verify(
-    output: PathLike,
+    output: PathLike | None = None,
     settings: Settings | None = None,
-    /,
     *,
     model: PathLike | None = None,
     progress: OnProgress | bool = False,
@@ -93,7 +117,7 @@ def verify(
     """Verify an output again, as `weightmill verify` does: every file's hash, every tensor decoded and compared.
 
     model: the source, if it is not where it was. verify="logits" judges what it computes, too. What is wrong is in the
-    result's `faults`, and `raise_for_faults()` makes an exception of it.
+    result's `faults`: bool() of the result is whether it is right, and `raise_for_faults()` makes an exception of it.
 
     Raises:
         BadSpec: there is no output, or its source is not there, or another.
@@ -102,7 +126,9 @@ def verify(
     """
     from jobs.verify import VERB
 
-    asked = _all(settings, others, output={"path": output}, model=None if model is None else {"path": model})
+    asked = _all(
+        settings, others, output=_place("output", output), model=None if model is None else _place("model", model)
+    )
 
     def found(said: Said, notes: tuple[str, ...]) -> VerifyResult:
         document = said.document
@@ -114,7 +140,7 @@ def verify(
     return _ask(VERB, asked, found, progress)
 
 
-def inspect(model: PathLike, settings: Settings | None = None, /, **others: Any) -> Result:
+def inspect(model: PathLike | None = None, settings: Settings | None = None, **others: Any) -> Result:
     """Say what a checkpoint holds, as `weightmill inspect` does: `document` has tensors, roles, dtypes, sizes, ties.
 
     Raises:
@@ -122,18 +148,27 @@ def inspect(model: PathLike, settings: Settings | None = None, /, **others: Any)
     """
     from jobs.inspect import VERB
 
-    return _ask(VERB, _all(settings, others, model={"path": model}), _result)
+    return _ask(VERB, _all(settings, others, model=_place("model", model)), _result)
 
 
-def lint(output: PathLike, settings: Settings | None = None, /, **others: Any) -> Result:
-    """Say what an engine will fail on in a checkpoint, as `weightmill lint` does: `document` has the findings.
+def lint(output: PathLike | None = None, settings: Settings | None = None, **others: Any) -> LintResult:
+    """Say what an engine will fail on in a checkpoint, as `weightmill lint` does: `faults`, and `document` has all
+    findings. bool() of the result is whether there are no faults.
 
     Raises:
         BadSpec, BadCheckpoint: there are no weights, or they are damaged.
     """
     from jobs.lint import VERB
 
-    return _ask(VERB, _all(settings, others, output={"path": output}), _result)
+    def found(said: Said, notes: tuple[str, ...]) -> LintResult:
+        faults = [
+            f"{each['what']}; {each['engine']}: {each['happens']}; {each['remedy']}"
+            for each in said.document["findings"]
+            if each["level"] == "fault"
+        ]
+        return LintResult(said=said, notes=notes, output=said.document["output"], faults=tuple(faults))
+
+    return _ask(VERB, _all(settings, others, output=_place("output", output)), found)
 
 
 def compare(*runs: PathLike, settings: Settings | None = None, **others: Any) -> Result:
@@ -145,6 +180,11 @@ def compare(*runs: PathLike, settings: Settings | None = None, **others: Any) ->
     """
     from jobs.compare import VERB
 
+    if wrong := [each for each in runs if not isinstance(each, str | os.PathLike)]:
+        raise BadSpec(
+            f"runs: expected folders of outputs or names of runs, found {type(wrong[0]).__name__}; give each as an"
+            " argument of its own: compare(*runs)"
+        )
     return _ask(VERB, _all(settings, others, runs=[os.fspath(each) for each in runs] or None), _result)
 
 
@@ -164,8 +204,33 @@ def _job(said: Said, notes: tuple[str, ...]) -> JobResult:
 
 
 def _all(settings: Settings | None, others: Settings, **named: Any) -> tuple[Settings, ...]:
-    """Return all settings that were given; None by keyword is not given."""
+    """Return all settings that were given; None by keyword is not given.
+
+    Raises:
+        BadSpec: `settings` are no mapping.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        found = repr(settings)[:80] if isinstance(settings, str | os.PathLike) else type(settings).__name__
+        raise BadSpec(
+            "settings: expected a mapping by names of settings, such as {'quant.group_size': 64},"
+            f" found {found}; give values by their names, such as model='demo'"
+        )
     return settings or {}, {key: value for key, value in named.items() if value is not None}, others
+
+
+def _place(name: str, value: Any) -> dict[str, Any]:
+    """Return the setting of the checkpoint that a verb is about.
+
+    Raises:
+        BadSpec: it is missing, or no path.
+    """
+    if value is None:
+        raise BadSpec(
+            f"{name}: expected the path or URL of a checkpoint, found none; give it first, or as {name}='DIR'"
+        )
+    if not isinstance(value, str | os.PathLike):
+        raise BadSpec(f"{name}: expected the path or URL of a checkpoint, found {type(value).__name__}")
+    return {"path": value}
 
 
 def _ask(
@@ -174,7 +239,13 @@ def _ask(
     made: Callable[[Said, tuple[str, ...]], R],
     progress: OnProgress | bool = False,
 ) -> R:
-    """Run a verb in this process, and return what is made of its result and of its notes."""
+    """Run a verb in this process, and return what is made of its result and of its notes.
+
+    Raises:
+        BadSpec: `progress` can neither be called nor is it True or False.
+    """
+    if not callable(progress) and not isinstance(progress, bool):
+        raise BadSpec(f"progress: expected a function that takes a Progress, True or False, found {progress!r:.80}")
     listener = Listener(progress if callable(progress) else None, shows_progress=progress is True)
     with _TURN, listening(listener), settings_called(IN_PYTHON):
         before = current()

@@ -245,7 +245,7 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
             config = composed(verb, [word for word in request.overrides if word not in values])
         for word in values:
             _set(config, word)
-        problems += _sweep_left_out(config, request)
+        problems += [*_sweep_left_out(config, request), *misnamed(config)]
         values = plain(config)
         if isinstance(output := values.get("output"), dict) and (typed := request.typed_for(values)):
             output.setdefault("named", typed)
@@ -303,6 +303,16 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
     if not swept:
         return []
     return [f"experiment: it is a sweep over {', '.join(swept)}: {program()} run -m ... runs it; or give each a value"]
+
+
+def misnamed(config: Any) -> list[str]:
+    """Return a problem if the quantization has the name of another preset: an output would be called what it is not."""
+    # Of another verb, or in a file of one's own, `quant` may be a text.
+    quant, chosen = config.get("quant"), config.hydra.runtime.choices.get("quant")
+    name = quant.get("name") if hasattr(quant, "get") else chosen
+    if name == chosen or None in (preset_values(str(chosen)), preset_values(str(name))):
+        return []
+    return [f"quant.name: {name} is the name of another preset than quant={chosen}; quant={name} chooses that one"]
 
 
 def plain(config: Any) -> Any:

@@ -23,6 +23,7 @@ class Listener:
     on_progress: OnProgress | None = None
     shows_progress: bool = False
     notes: list[str] = field(default_factory=list)
+    jobs: tuple[str, ...] = ()  # of a sweep, those that are worked on
 
     def note(self, text: str) -> None:
         """Keep a note, and log it."""
@@ -42,3 +43,16 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         LISTENER.reset(token)
+
+
+@contextmanager
+def working_on(*jobs: str) -> Iterator[None]:
+    """Within the block, progress is that of these jobs of a sweep; names that are empty are of no sweep."""
+    if (listener := LISTENER.get()) is None:
+        yield
+        return
+    before, listener.jobs = listener.jobs, tuple(name for name in jobs if name)
+    try:
+        yield
+    finally:
+        listener.jobs = before

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.compose import Request, composer, plain, register_launcher, said_by_hydra
+from jobs.cli.compose import Request, composer, misnamed, plain, register_launcher, said_by_hydra
 from jobs.cli.sweep_folders import SweepFolders
 from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
@@ -84,7 +84,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
             keys, fixed = varied(request, about), request.fixed
             parsed = (override.lstrip("+").partition("=") for override in about.overrides.task)
             mine = {key: value for key, _, value in parsed if key in keys or (searches and key not in fixed)}
-            jobs.append(Composed(int(about.job.num) + 1, plain(config), mine))
+            jobs.append(Composed(int(about.job.num) + 1, _values(config), mine))
         return together(jobs, searches)
 
     def job(config: Any) -> Any:
@@ -128,12 +128,19 @@ def product(verb: str, request: Request, together: Together) -> None:
             [batch] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
             keys = varied(request, about)
             jobs = [
-                Composed(number, plain(composed(verb, list(mine))), dict(_pairs(mine, keys)))
+                Composed(number, _values(composed(verb, list(mine))), dict(_pairs(mine, keys)))
                 for number, mine in enumerate(batch, 1)
             ]
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec(said_by_hydra(error)) from error
     together(jobs, False)
+
+
+def _values(config: Any) -> Any:
+    """Return the values of a job as plain ones."""
+    if wrong := misnamed(config):
+        raise BadSpec(wrong)
+    return plain(config)
 
 
 def sweeps_itself(verb: str, request: Request) -> bool:

@@ -132,7 +132,7 @@ class Meter:
             self._listener.on_progress(
                 Told(
                     doing=self._what, done=self._done, total=self._total, counted=self._unit, last=self._last,
-                    seconds=now - self._began,
+                    seconds=now - self._began, jobs=self._listener.jobs,
                 )
             )  # fmt: skip
         # Whatever it is: a unit that fails by it would be tried again, and its files called bad.

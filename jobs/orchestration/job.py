@@ -66,8 +66,9 @@ class Pass:
 class Job:
     """One job of a pass. `settle` or `fail` sets its `outcome`: the result to show, or the error."""
 
-    def __init__(self, number: int, planned: Planned, sweep: str | None = None) -> None:
+    def __init__(self, number: int, planned: Planned, sweep: str | None = None, name: str = "") -> None:
         self.number = number
+        self.name = name  # by what varies in the sweep
         self.planned = planned
         self.sweep = sweep
         self.run: Run = NoRun()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
 from jobs.execution.choose import choose
 from jobs.execution.cluster import Cluster, LocalCluster, UnitFailed
@@ -173,7 +174,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
     """
     use(jobs[0].planned.spec.store_settings)
     began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
-    with spared(), ExitStack() as stack, _stopping(jobs):
+    with spared(), ExitStack() as stack, _stopping(jobs), working_on(*(job.name for job in jobs)):
         for job in jobs:
             with _own_failure(job):
                 job.begin(stack, recorder)
@@ -200,7 +201,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         )
         for job in jobs:
             if job.outcome is None:
-                with _own_failure(job), no_collection():
+                with _own_failure(job), no_collection(), working_on(job.name):
                     job.finish(done)
         for job in jobs:
             job.settle()

@@ -195,7 +195,9 @@ class Sweep:
                 judged = {} if plan.judging is None else quality_metrics(report.quality)
                 tags = sweep_tags(self.id, number)
                 adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags, judged)
-        jobs = [Job(number, plan, self.id) for number, plan in planned.items() if number not in old]
+        jobs = [
+            Job(number, plan, self.id, self._names[number]) for number, plan in planned.items() if number not in old
+        ]
         groups = passes(jobs)
         note(
             f"{self.id}: {counted(len(planned), 'job')}, {len(old)} of them done before;"

@@ -2,8 +2,8 @@
 
 A program written for `vllm.model_executor.model_loader.weight_utils` runs with its import changed. The same signatures,
 and these differences: tensors come in the order of the files that are given; files are one source, so that a tensor in
-two of them is refused; every loader reads every container that its strategy reads. Tensors are torch's, on the CPU
-unless a function says where else.
+two of them is refused; safetensors and PyTorch files are read by each function that can. Tensors are torch's, on the
+CPU unless a function says where else.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def safetensors_weights_iterator(
         raise BadSpec(
             f"safetensors_load_strategy: expected lazy, eager or prefetch, found {safetensors_load_strategy!r}"
         )
-    made, checkpoint = ways[safetensors_load_strategy](), open_weights(hf_weights_files)
+    made, checkpoint = ways[safetensors_load_strategy](), _opened(hf_weights_files)
     return _iterated(made, checkpoint, "cpu", use_tqdm_on_load, local_expert_ids)
 
 
@@ -68,7 +68,7 @@ def multi_thread_safetensors_weights_iterator(
     """Yield (name, tensor) of weight files that at most `max_workers` threads read ahead; the rest as
     `safetensors_weights_iterator`.
     """
-    return _iterated(MultiThreadWeightLoader(max_workers), open_weights(hf_weights_files), "cpu", use_tqdm_on_load)
+    return _iterated(MultiThreadWeightLoader(max_workers), _opened(hf_weights_files), "cpu", use_tqdm_on_load)
 
 
 def fastsafetensors_weights_iterator(hf_weights_files: Given, use_tqdm_on_load: bool = False) -> Weights:
@@ -78,7 +78,7 @@ def fastsafetensors_weights_iterator(hf_weights_files: Given, use_tqdm_on_load: 
     Raises:
         BadSpec: the library is not installed, or a file is no safetensors file.
     """
-    return _iterated(FastSafetensorsLoader(), open_weights(hf_weights_files), _own_gpu(), use_tqdm_on_load)
+    return _iterated(FastSafetensorsLoader(), _opened(hf_weights_files), _own_gpu(), use_tqdm_on_load)
 
 
 def runai_safetensors_weights_iterator(
@@ -93,7 +93,7 @@ def runai_safetensors_weights_iterator(
         BadSpec: the library is not installed.
     """
     device = _own_gpu() if is_distributed else "cpu"
-    return _iterated(RunaiLoader(), open_weights(hf_weights_files), device, use_tqdm_on_load)
+    return _iterated(RunaiLoader(), _opened(hf_weights_files), device, use_tqdm_on_load)
 
 
 def pt_weights_iterator(
@@ -105,7 +105,7 @@ def pt_weights_iterator(
     as {"": "cuda"}.
     """
     device = _one_device(pt_load_map_location)
-    return _iterated(LazyLoader(), open_weights(hf_weights_files), device, use_tqdm_on_load)
+    return _iterated(LazyLoader(), _opened(hf_weights_files), device, use_tqdm_on_load)
 
 
 def multi_thread_pt_weights_iterator(
@@ -118,7 +118,7 @@ def multi_thread_pt_weights_iterator(
     `pt_weights_iterator`.
     """
     device = _one_device(pt_load_map_location)
-    return _iterated(MultiThreadWeightLoader(max_workers), open_weights(hf_weights_files), device, use_tqdm_on_load)
+    return _iterated(MultiThreadWeightLoader(max_workers), _opened(hf_weights_files), device, use_tqdm_on_load)
 
 
 def gguf_quant_weights_iterator(gguf_file: Given, gguf_to_hf_name_map: Mapping[str, str] | None = None) -> Weights:
@@ -185,6 +185,17 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("Loading weights", total=total)
         yield lambda size: bar.advance(task, size)
+
+
+def _opened(where: Given) -> Checkpoint:
+    """Open weights whose tensors have a model's names; those of a GGUF are llama.cpp's."""
+    checkpoint = open_weights(where)
+    if checkpoint.container == "gguf":
+        raise BadSpec(
+            f"hf_weights_files: expected safetensors or PyTorch files, found a GGUF at {checkpoint.address};"
+            " gguf_quant_weights_iterator reads it"
+        )
+    return checkpoint
 
 
 def _is_local(name: str, experts: Collection[int] | None) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,18 @@ def test_a_job_is_run_verified_and_done_already_in_silence(
     assert repr(made).startswith(f"<JobResult: {folder / 'OUT'}: nf4, ")
     assert f"output: {folder / 'OUT'}" in str(made)
     assert [each.name for each in folder.iterdir()] == ["OUT"]
+    assert isinstance(made.output, str)
+    assert (made.path / "weightmill.json").is_file()
 
     again = weightmill.run(model="demo", quant="nf4", output=Path("OUT"), **QUIET)
     assert isinstance(again, weightmill.JobResult)
     assert again.already
     assert again.report.tensors == made.report.tensors
 
-    found = weightmill.verify("OUT")
+    found = weightmill.verify(output="OUT")
     assert (found.is_right, found.faults, found.tensors) == (True, (), len(made.report.tensors))
     found.raise_for_faults()
+    assert found
     weights = folder / "OUT" / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
@@ -62,7 +68,8 @@ def test_a_job_is_run_verified_and_done_already_in_silence(
     assert "its bytes are not those that were written" in wrong.faults[0]
     with pytest.raises(weightmill.VerifyFailed, match="its bytes are not those"):
         wrong.raise_for_faults()
-    assert "NOT right" in repr(wrong)
+    assert "NOT right, 1 fault," in repr(wrong)
+    assert not wrong
 
     assert capfd.readouterr() == ("", "")
     assert {number: signal.getsignal(number) for number in handlers} == handlers
@@ -89,8 +96,10 @@ def test_a_plan_and_what_else_can_be_asked(folder: Path, capfd: pytest.CaptureFi
 
 
 def test_lists_are_a_sweep(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    made = weightmill.run({"quant": {"group_size": [64, 128]}}, quant=["nf4", "hqq4"], **QUIET)
+    told: list[weightmill.Progress] = []
+    made = weightmill.run({"quant": {"group_size": [64, 128]}}, quant=["nf4", "hqq4"], progress=told.append, **QUIET)
     assert isinstance(made, weightmill.SweepResult)
+    assert {each.jobs for each in told} == {tuple(made.jobs)}, "one pass is for all jobs of a source"
     assert sorted(made.jobs) == [f"quant.group_size={g} quant={q}" for g in (128, 64) for q in ("hqq4", "nf4")]
     assert {Path(job.output).name for job in made.jobs.values()} == {
         "demo-nf4-g64", "demo-nf4-g128", "demo-hqq4-g64", "demo-hqq4-g128",
@@ -110,6 +119,79 @@ def test_an_experiment_may_be_a_sweep(folder: Path) -> None:
     made = weightmill.run(experiment="bits4", quant=["nf4"], **QUIET)
     assert isinstance(made, weightmill.SweepResult)
     assert all("quant=nf4" in name for name in made.jobs)
+
+
+def test_lint_is_true_where_there_are_no_faults(folder: Path) -> None:
+    assert weightmill.lint(output=DEMO)
+    shutil.copytree(DEMO, folder / "M")
+    config = json.loads((folder / "M" / "config.json").read_text())
+    del config["model_type"]
+    (folder / "M" / "config.json").write_text(json.dumps(config))
+    found = weightmill.lint("M")
+    assert isinstance(found, weightmill.LintResult)
+    assert not found
+    assert not found.is_right
+    assert "config.json has no model_type" in found.faults[0]
+    with pytest.raises(weightmill.VerifyFailed, match="has no model_type"):
+        found.raise_for_faults()
+
+
+def test_a_name_within_a_group_chooses_and_labels_no_other_choice(folder: Path) -> None:
+    """An output was called mlx_int4 and was NF4."""
+    as_chosen = weightmill.plan({"quant.group_size": 32}, quant="mlx_int4")
+    for asked in (
+        {"quant": {"name": "mlx_int4", "group_size": 32}},
+        {"quant.name": "mlx_int4", "quant.group_size": 32},
+    ):
+        plan = weightmill.plan(asked)
+        assert Path(plan.output).name == "demo-mlx_int4-g32"
+        assert plan.bits_per_weight == as_chosen.bits_per_weight
+    swept = weightmill.run({"quant": {"name": ["nf4", "fp4"]}}, **QUIET)
+    assert isinstance(swept, weightmill.SweepResult)
+    assert [*swept.jobs] == ["quant=nf4", "quant=fp4"]
+    refused = "quant.name: mlx_int4 is the name of another preset than quant="
+    with pytest.raises(weightmill.BadSpec, match=refused):
+        weightmill.plan({"quant.name": "mlx_int4"}, quant="nf4")
+    with pytest.raises(weightmill.BadSpec, match=refused):
+        weightmill.run({"quant.name": "mlx_int4"}, quant=["mlx_int4", "nf4"], **QUIET)
+    named = weightmill.plan({"quant": {"name": "mine"}, "model.name": "llama8b"}, model=DEMO)
+    assert Path(named.output).name == "llama8b-mine", "labels of one's own stay, and what model is given as"
+
+
+def test_a_plan_of_lists_runs_nothing(folder: Path) -> None:
+    """It once ran the sweep."""
+    with pytest.raises(weightmill.BadSpec, match="quant: expected one value, found a list; plan does one thing"):
+        weightmill.plan({"quant": ["nf4", "hqq4"]})
+    assert [*folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: weightmill.plan("demo"), "settings: expected a mapping .* found 'demo'; .* model='demo'"),  # type: ignore[arg-type]
+        (lambda: weightmill.compare(["a", "b"]), r"runs: expected folders .* found list; .* compare\(\*runs\)"),  # type: ignore[arg-type]
+        (lambda: weightmill.inspect(["a"]), "model: expected the path or URL of a checkpoint, found list"),  # type: ignore[arg-type]
+        (lambda: weightmill.verify(model="a"), "output: expected the path .* found none; .* output='DIR'"),
+        (lambda: weightmill.lint("a", "b"), "settings: expected a mapping"),  # type: ignore[arg-type]
+        (lambda: weightmill.run(progress=5), "progress: expected a function .* found 5"),  # type: ignore[call-overload]
+        (lambda: weightmill.verify("a", progress="x"), "progress: expected a function .* found 'x'"),  # type: ignore[arg-type]
+    ],
+    ids=["plan", "compare", "inspect", "verify", "lint", "progress", "verify-progress"],
+)  # fmt: skip
+@pytest.mark.quick
+def test_arguments_of_other_kinds_are_refused(call: Callable[[], object], said: str, folder: Path) -> None:
+    with pytest.raises(weightmill.BadSpec, match=said):
+        call()
+    assert [*folder.iterdir()] == []
+
+
+def test_a_failed_gate_has_fields(folder: Path) -> None:
+    with pytest.raises(weightmill.VerifyFailed) as failed:
+        weightmill.run({"verify.max_relative_error": 0.01}, **QUIET)
+    error = failed.value
+    assert (error.where or "").endswith(".weight")
+    assert error.expected == "at most 0.01"
+    assert 0.01 < float(error.found or 0) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +228,7 @@ def test_what_cannot_be_is_an_exception_with_the_fields_of_its_text(
 def test_progress_is_told_and_what_it_raises_stops_the_job(folder: Path) -> None:
     told: list[weightmill.Progress] = []
     weightmill.run(quant="nf4", output="OUT", unit_mb=1.0, progress=told.append, **QUIET)
-    assert {each.doing for each in told} == {"quantizing"}
+    assert {(each.doing, each.jobs) for each in told} == {("quantizing", ())}
     assert [each.done for each in told] == sorted(each.done for each in told)
     assert told[-1].fraction == 1
     assert told[-1].last.startswith("unit-")

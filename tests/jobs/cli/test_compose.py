@@ -114,6 +114,15 @@ def test_known_keys_are_those_of_the_chosen_scheme() -> None:
     assert problem.endswith("; known: name, linear_class")
 
 
+@pytest.mark.quick
+def test_a_quantization_has_no_other_preset_s_name() -> None:
+    found = problems_of("quant=nf4", "quant.name=mlx_int4", "unit_mb=-1")
+    assert len(found) == 2
+    assert found[0].startswith("quant.name: mlx_int4 is the name of another preset than quant=nf4; quant=mlx_int4")
+    assert spec_of("quant=nf4", "quant.name=nf4").quant.name == "nf4"
+    assert spec_of("quant=nf4", "quant.name=mine").quant.name == "mine"
+
+
 def test_a_job_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
         spec_of().model = None  # type: ignore[assignment, misc]

@@ -114,3 +114,10 @@ def test_bad_requests_are_refused_at_the_call(tmp_path: Path) -> None:
             iterated(tmp_path / "m", "cuda")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"none.safetensors"):
         loaders.multi_thread_safetensors_weights_iterator([tmp_path / "m" / "none.safetensors"], True)
+    made("gguf", tmp_path / "g")
+    [gguf] = (tmp_path / "g").glob("*.gguf")
+    for iterator in (loaders.safetensors_weights_iterator, loaders.pt_weights_iterator):
+        with pytest.raises(
+            BadSpec, match=r"hf_weights_files: .* found a GGUF at .*; gguf_quant_weights_iterator reads it"
+        ):
+            iterator(gguf)
