@@ -37,7 +37,7 @@ def test_an_encoder_is_loaded_by_what_embeds(architecture: str, program: str) ->
     subject: Any = SimpleNamespace(
         where="DIR",
         config={"architectures": [architecture]},
-        target=SimpleNamespace(finals=[SimpleNamespace(name="m.gguf")]),
+        target=SimpleNamespace(assembly=None, finals=[SimpleNamespace(name="m.gguf")]),
     )
     make: Callable[[Any], loading.Loading] = loading.BY_LAYOUT["gguf"]
     assert f"# in a shell: {program} -m DIR/m.gguf -p Hello" in make(subject).code
