@@ -34,7 +34,8 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     uri = without_secrets(spec.uri or default_uri(root))
     listed = f"#/experiments/{experiment}/runs?{TRAINING}"
     if not uri.startswith("http"):
-        return f"compare: {how_to_open(uri, listed)}{f'\n  the sweep is tags.`{SWEEP}` = {sweep!r}' if sweep else ''}"
+        of_sweep = f"\n  the sweep is tags.`{SWEEP}` = {sweep!r}" if sweep else ""
+        return f"compare: {how_to_open(uri, listed)}{of_sweep}"
     if sweep is not None:
         page = f"{listed}&compareRunsMode=CHART&viewStateShareKey={quote(sweep)}"
     elif len(runs) > COMPARED:

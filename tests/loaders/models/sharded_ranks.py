@@ -100,6 +100,8 @@ def trains(fsdp: int, path: str, quantize: str | None, kind: str, folder: str) -
         plain = with_adapters(kind)(load_model_and_tokenizer(path, "cpu", quantize=quantize)[0])
         found["plain_losses"] = train(plain, IDS)
         base = load_model_and_tokenizer(path, "cpu", quantize=quantize)[0]
+        # Of a cut model peft adapts layers before they are bitsandbytes', by its plain class, which rounds elsewhere.
+        base.is_loaded_in_4bit = False
         # In training mode: in the other, bitsandbytes may compute by another kernel.
         theirs = logits(PeftModel.from_pretrained(base, folder).train())
         found["saved"] = (mine - theirs).abs().max().item() / theirs.abs().max().item()
