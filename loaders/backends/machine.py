@@ -61,7 +61,11 @@ def may_have_gpu(devices: Path = DEVICES) -> bool:
 
 def total_memory() -> int:
     """Return the bytes of memory: the machine's, or the container's limit if that is less."""
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _limits())])
+    return min([_physical_memory(), *(limit for limit, _ in _limits())])
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory() -> int:
@@ -93,7 +97,9 @@ def _limits(cgroup: Path = CGROUP) -> list[tuple[int, int]]:
 
 def is_contained() -> bool:
     """Whether this is a container of limited memory, or a pod of Kubernetes, whose cgroup counts nothing else."""
-    return bool(_limits()) or "KUBERNETES_SERVICE_HOST" in os.environ
+    # Without a limit, cgroup 1 gives a number that no machine reaches.
+    is_limited = any(most < _physical_memory() for most, _ in _limits())
+    return is_limited or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def max_open_files() -> int:

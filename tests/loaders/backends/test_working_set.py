@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loaders.backends import machine
 from loaders.backends.memory import PeakMemory, memory_cgroup, working_set_bytes
 
 pytestmark = pytest.mark.quick
@@ -82,3 +83,12 @@ def test_the_peak_is_what_was_there_at_the_end_at_least(tmp_path: Path, monkeypa
     with PeakMemory() as memory:
         pass
     assert memory.peak_working_set_bytes is None
+
+
+@pytest.mark.parametrize(("limit", "is_contained"), [(1 << 30, True), (2**63 - 4096, False)])
+def test_a_limit_beyond_all_memory_makes_no_container(
+    limit: int, is_contained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(machine, "_limits", lambda: [(limit, 0)])
+    assert machine.is_contained() == is_contained
