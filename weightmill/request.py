@@ -27,8 +27,8 @@ def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
     """Make the request of a verb from settings by name: {"model": "llama70b", "quant.group_size": 64}.
 
     Mappings stand for what is below a name: {"quant": {"group_size": 64}}. In one, `name` is the choice if nothing else
-    chooses: {"quant": {"name": "nf4"}}. A list for a setting that takes one value is
-    a sweep over these values. Of several `parts`, a later one counts where both have a setting.
+    chooses: {"quant": {"name": "nf4"}}. A list for a setting that takes one value is a sweep over these values. Of
+    several `parts`, a later one counts where both have a setting.
 
     Raises:
         BadSpec: a value is of no kind that a setting takes, or a list for a verb that does one thing at a time.
@@ -38,7 +38,7 @@ def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
     words = [f"{FOLDER}{folder}" for folder in folders]
     known = dict(fields_of(verb.spec))
     choices = choices_of(config, take_apart(config, verb.spec, words).folders)
-    is_sweep = False
+    sweeps = False
     settings = {key: value for part in parts for key, value in _flat(part, known, choices) if key != FOLDERS}
     settings = _chosen(settings, choices)
     for key, value in settings.items():
@@ -54,10 +54,10 @@ def request_of(verb: Verb[Any], *parts: Mapping[str, Any]) -> Request:
             raise BadSpec(
                 f"{name}: expected one value, found a list; {verb.name} does one thing, run sweeps over lists"
             )
-        is_sweep = is_sweep or swept
+        sweeps = sweeps or swept
         texts = [_text(name, each, options) for each in (value if swept else [value])]
         words.append(f"{name}={','.join(texts)}")
-    return take_apart(config, verb.spec, ["-m", *words] if is_sweep else words)
+    return take_apart(config, verb.spec, ["-m", *words] if sweeps else words)
 
 
 def is_sweep(verb: Verb[Any], request: Request) -> bool:

@@ -193,10 +193,8 @@ def _result(said: Said, notes: tuple[str, ...]) -> Result:
 
 
 def _job(said: Said, notes: tuple[str, ...]) -> JobResult:
-    document, untracked = (
-        said.document,
-        ("the output is complete, but MLflow has not all of it",) if said.status else (),
-    )
+    document = said.document
+    untracked = ("the output is complete, but MLflow has not all of it",) if said.status else ()
     return JobResult(
         said=said, notes=(*notes, *untracked), report=said.value,
         **{key: document[key] for key in ("output", "already", "tracked", "registered")},

@@ -21,7 +21,7 @@ from loaders.dtypes import DTYPES, DType, Shape, is_contiguous
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage.address import Address
-from loaders.storage.base import Entry, PinnedFiles, Range
+from loaders.storage.base import Entry, PinnedFiles, Range, Store
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import PieceReader, TensorBytes
 from loaders.words import model_type_said
@@ -30,7 +30,7 @@ PLACE = Address("memory")  # where messages say that the tensors are
 FILE = "tensors"
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """A `Store` with one file, in which the tensors lie one after another, from the offsets of `starts` on."""
 
     address = PLACE
@@ -40,15 +40,6 @@ class MemoryStore:
         self._tensors = tensors
         self.starts = [0, *accumulate(tensor.size for tensor in tensors)]
         self._entry = Entry(FILE, self.starts[-1], "")
-
-    def absence(self) -> str | None:
-        return None
-
-    def is_taken(self) -> bool:
-        return True
-
-    def is_link(self) -> bool:
-        return False
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         return (self._entry,)

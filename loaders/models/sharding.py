@@ -19,11 +19,6 @@ from loaders.models.skeleton import Skeleton, set_parameter
 from loaders.models.weights import ModelWeights
 
 
-def is_alone() -> bool:
-    """Whether no other process loads the same model."""
-    return not dist.is_initialized() or dist.get_world_size() == 1
-
-
 def is_first() -> bool:
     """Whether this process is rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -42,7 +42,7 @@ class Entry:
 
 
 class Store(Protocol):
-    """Files to read, by name. A name is a path from the store's root, with forward slashes."""
+    """Files to read, by name: a path with forward slashes. What is said here is of a store that is there."""
 
     @property
     def address(self) -> Address:
@@ -61,15 +61,15 @@ class Store(Protocol):
         files get their names before it is published, also says so of an output that lacks OUR_REPORT: "an output under
         way".
         """
-        ...
+        return None
 
     def is_taken(self) -> bool:
         """Whether anything exists at the address. The journal of an unfinished job does not count."""
-        ...
+        return True
 
     def is_link(self) -> bool:
         """Whether the address is a symbolic link."""
-        ...
+        return False
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         """List the files, sorted by name, including those of sub-folders if `deep`. Empty if nothing exists.

@@ -13,7 +13,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range, Store
 
 
-class ListedFiles:
+class ListedFiles(Store):
     """A `Store` of some files of one or several folders, and of what lies beside them by its own name.
 
     A file's name is its path from the nearest folder that is above all of them, which is the store's address; so files
@@ -38,15 +38,6 @@ class ListedFiles:
     @property
     def is_local(self) -> bool:
         return self._root.is_local
-
-    def absence(self) -> str | None:
-        return None
-
-    def is_taken(self) -> bool:
-        return True
-
-    def is_link(self) -> bool:
-        return False
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         return tuple(sorted(entry for entry in map(self.find, self._places) if entry is not None))

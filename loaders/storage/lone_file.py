@@ -23,7 +23,7 @@ AT_ONCE = 16  # shards that are looked for at once
 SMALL, LARGEST = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 64 << 20
 
 
-class LoneFile:
+class LoneFile(Store):
     """A `Store` of one weight file: other weights of its folder, and the folders in it, are not seen."""
 
     def __init__(self, folder: Store, name: str) -> None:
@@ -37,15 +37,6 @@ class LoneFile:
     @property
     def is_local(self) -> bool:
         return self._folder.is_local
-
-    def absence(self) -> str | None:
-        return None
-
-    def is_taken(self) -> bool:
-        return True
-
-    def is_link(self) -> bool:
-        return False
 
     def _is_shown(self, name: str) -> bool:
         if name == self._name:

@@ -12,7 +12,7 @@ from loaders.storage.base import Entry, Range, Store
 STAGED = "staged "  # the prefix of the tag of a staged file
 
 
-class WithStaged:
+class WithStaged(Store):
     """A `Store` of finished files together with the staged ones, as the output will be after `publish`."""
 
     is_local = False
@@ -24,15 +24,6 @@ class WithStaged:
     @property
     def address(self) -> Address:
         return self._finished.address
-
-    def absence(self) -> str | None:
-        return None
-
-    def is_taken(self) -> bool:
-        return True
-
-    def is_link(self) -> bool:
-        return False
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         found = {entry.name: entry for entry in self._finished.list(deep=deep, every=every)}

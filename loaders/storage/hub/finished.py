@@ -15,7 +15,7 @@ from typing import IO
 
 from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.address import Address
-from loaders.storage.base import BUFFER, Destination, Entry, Range
+from loaders.storage.base import BUFFER, Destination, Entry, Range, Store
 
 INDEX = ".json"
 
@@ -33,15 +33,19 @@ class Finished:
         return self.ranges is not None
 
 
-class FinishedFiles:
+class FinishedFiles(Store):
     """A `Store` of an output's finished files, under the output's names. A file's tag is its sha256."""
 
     is_local = False
 
     def __init__(self, address: Address, journal: Destination) -> None:
-        self.address = address
+        self._address = address
         self._journal = journal
         self._seen: dict[Entry, Finished] = {}
+
+    @property
+    def address(self) -> Address:
+        return self._address
 
     # --- writing
 
@@ -103,15 +107,6 @@ class FinishedFiles:
         if found is None:
             raise StorageError(f"{name}: it is gone from {self._journal.journal}; run the same command again")
         return found
-
-    def absence(self) -> str | None:
-        return None
-
-    def is_taken(self) -> bool:
-        return True
-
-    def is_link(self) -> bool:
-        return False
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         files = sorted(self.all().items())

@@ -224,6 +224,9 @@ def test_a_sweep_warns_before_the_work_of_what_its_plans_do(weightmill: Any, tmp
     said = [line for line in ran.err.splitlines() if "quantized again" in line]
     assert len(said) == 1  # the same of both
     assert said[0].startswith("warning: ")
-    ran = weightmill("run", *asked, "quant=none,int8", "quant.dtype=float32")
-    larger = [line for line in ran.err.splitlines() if "larger than the source" in line]
-    assert all("-none: " in line for line in larger)
+    ran = weightmill("run", *asked, "quant=mlx_int4,mlx_int8", "quant.group_size=32")
+    assert ran.status == 0, ran.err
+    [larger] = [line for line in ran.err.splitlines() if "larger than the source" in line]
+    assert larger.startswith("warning: ")
+    assert "mlx_int8" in larger.split("the output is", 1)[0]
+    assert "mlx_int4" not in larger.split("the output is", 1)[0]
