@@ -13,7 +13,7 @@ def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
     """Return the cluster that the settings ask for, and the reason if the choice was left open (else "")."""
     address = spec.address or os.environ.get("RAY_ADDRESS")
     if not is_local(spec):
-        from jobs.execution.ray_cluster import RayCluster
+        from jobs.execution.ray.cluster import RayCluster
 
         why = "" if spec.kind == "ray" else f"an address is given ({address})"
         return RayCluster(spec, address), why

@@ -20,7 +20,7 @@ from loaders.storage.objects.client import client_of
 from loaders.storage.objects.store import read_object
 from tests import object_servers
 from tests.hub.server import Hub
-from tests.jobs.execution.test_ray_cluster import MARK
+from tests.jobs.execution.ray.test_cluster import MARK
 from tests.making import make_source
 from tests.object_servers import Files
 from tests.processes import start

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs.execution import ray_cluster
+from jobs.execution.ray.cluster import RayCluster
 from loaders.errors import BadSpec
 from loaders.places import ROOT
 from loaders.storage.address import Address
@@ -96,7 +96,7 @@ class Machines:
     ],
 )
 def test_what_no_machine_offers_is_refused(threads: int, gpus: int, offers: dict[str, float], said: str | None) -> None:
-    cluster = object.__new__(ray_cluster.RayCluster)  # none is started
+    cluster = object.__new__(RayCluster)  # none is started
     cluster._ray, cluster.threads, cluster._spec = Machines(offers), threads, SimpleNamespace(units_at_once=None)
     task: Any = SimpleNamespace(gpus=gpus, memory_bytes=int(1e9))
     if said is None:

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.execution import own_ray
-from jobs.execution.own_ray import LONGEST_FOLDER, OwnRay
+from jobs.execution.ray import own as own_ray
+from jobs.execution.ray.own import LONGEST_FOLDER, OwnRay
 from loaders.errors import StorageError
 from tests.processes import start
 
@@ -25,7 +25,7 @@ MARK = "WEIGHTMILL_TEST_MARK"
 # Starts a cluster and a worker, prints where they are, and stops the cluster when it is told so.
 SERVING = """
 import json, os, sys
-from jobs.execution.ray_cluster import RayCluster
+from jobs.execution.ray.cluster import RayCluster
 from jobs.spec.job import ClusterSpec
 cluster = RayCluster(ClusterSpec(kind="ray"), None)
 import ray
