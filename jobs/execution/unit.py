@@ -36,6 +36,7 @@ from loaders.quantization.gate import Gate
 from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import open_source
 from loaders.storage.address import Address
+from loaders.storage.atomic import TEMPORARY
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
@@ -107,7 +108,7 @@ class UnitTask:
         reach_source(self.source, self.unit)
         for share in self.shares.values():
             share.journal.check_there()
-            destination, name = share.journal.destination, f"asked-{uuid.uuid4().hex[:12]}"
+            destination, name = share.journal.destination, f"asked-{uuid.uuid4().hex[:12]}{TEMPORARY}"
             destination.put(name, b"")
             destination.drop(name)
 

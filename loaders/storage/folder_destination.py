@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
@@ -35,7 +35,7 @@ AREAS = ("files", "parts", "pieces", "records")
 # All that a journal has, see jobs/output/journal.py; `replaced` is an output that was to be exchanged. That of an
 # output on the Hub knows the files that left, see hub/finished.py, and the commit before.
 FOLDERS = {*AREAS, "replaced", "bytes", "finished"}
-FILES = {"lock", "job.json", "failed", "published.json", "parent.json"}
+FILES = {"lock", "job.json", "failed", "published.json", "quality.json", "parent.json"}
 # Arguments of renameat2(2), which Python's os module does not offer: swap the two names in one step, and take relative
 # paths from the current folder.
 RENAME_EXCHANGE = 2
@@ -79,6 +79,9 @@ class FolderDestination:
             yield None if is_held else holder(self.root / "lock")
 
     def put(self, name: str, data: bytes) -> None:
+        first, *within = PurePosixPath(name).parts
+        # `clean` takes a folder with anything else in it for none of ours.
+        assert first in FOLDERS if within else first in FILES or first.endswith(TEMPORARY), name
         path = self.root / name
         with io_errors("making", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,8 @@ def test_an_output_beyond_a_limit_is_kept_aside_and_judged_once(
     [journal] = [path for path in tmp_path.iterdir() if path.name.startswith(".out.")]
     assert list((journal / "files").glob("*.safetensors"))
     assert len(originals) == 1
+    found = weightmill("clean", tmp_path / "out", "format=json").document["found"]
+    assert [row["path"] for row in found] == [str(journal)]
 
     def never(*given: Any, **named: Any) -> None:
         raise AssertionError("it was evaluated again")
