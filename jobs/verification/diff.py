@@ -21,7 +21,7 @@ from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.dtypes import WEIGHT_DTYPES
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.scheme import View
 from loaders.stats import ErrorSums, finite
@@ -33,6 +33,8 @@ from loaders.tensors.views import view_of
 from loaders.words import counted
 
 EQUAL, DIFFERENT = "equal", "different"
+FLOAT32 = DTYPES["F32"]
+A_ROUNDING = 2**-8  # the most of a relative error that rounding to bfloat16 makes
 SHOWN = 40  # rows of tensors that differ, unless all are asked for
 
 
@@ -67,10 +69,23 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
             for side, reader in zip((ours, theirs), readers, strict=True)
         )
 
+        def looked(name: str, *dtypes: DType) -> dict[str, Any]:
+            """Compare two tensors, quantized ones decoded to the dtypes."""
+            x, y = (
+                view_of(side[name], reader, work, dtype)
+                for side, reader, dtype in zip((ours, theirs), readers, dtypes, strict=True)
+            )
+            return _row(ours[name], theirs[name], x, y, work)
+
         def look(name: str) -> None:
-            x, y = (view_of(side[name], reader, work) for side, reader in zip((ours, theirs), readers, strict=True))
             with one_use.of(name), other_use.of(name):
-                rows[name] = _row(ours[name], theirs[name], x, y, work)
+                # In float32 an error is what a job has measured, without another rounding.
+                row = looked(name, FLOAT32, FLOAT32)
+                # What was decoded into a plain checkpoint was rounded to its dtype.
+                if row["relative_error"] is not None and row["relative_error"] < A_ROUNDING:
+                    rounded = looked(name, theirs[name].dtype, ours[name].dtype)
+                    row = rounded if rounded["status"] == EQUAL else row
+                rows[name] = row
             meter.add(ours[name].spec.size)
 
         work.each(common, look)
@@ -137,13 +152,13 @@ def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Threa
     }
     if one.shape != other.shape:
         return {**row, "why": f"shapes {list(one.shape)} and {list(other.shape)}"}
-    if one.dtype.name not in WEIGHT_DTYPES or other.dtype.name not in WEIGHT_DTYPES:
-        if one.dtype != other.dtype:
+    if x.spec.dtype.name not in WEIGHT_DTYPES or y.spec.dtype.name not in WEIGHT_DTYPES:
+        if x.spec.dtype != y.spec.dtype:
             return {**row, "why": f"dtypes {one.dtype} and {other.dtype}"}
         # The two views read into different slots, since buffers are shared by name within a thread.
         same = all(work.sweep(one.spec.num_items, 1, lambda s, e: np.array_equal(x.read(s, e), y.read(s, e, 1))))
         return {**row, "status": EQUAL} if same else {**row, "why": "other values"}
-    error = _errors(one, other, x, y, work)
+    error = _errors(x, y, work)
     if error.max_error == 0 and not error.nonfinite and not error.nonfinite_decoded:
         return {**row, "status": EQUAL, "sums": asdict(error)}
     return {
@@ -154,17 +169,17 @@ def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Threa
     }
 
 
-def _errors(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: ThreadedWork) -> ErrorSums:
+def _errors(x: View, y: View, work: ThreadedWork) -> ErrorSums:
     def compare_range(start: int, stop: int) -> np.ndarray:
         sums = compare.new_sums()
-        decoded = casts.to_float32(y.read(start, stop, 1), other.dtype.name)
-        cpu.compare_into(x.read(start, stop), one.dtype.name, decoded, sums)
+        decoded = casts.to_float32(y.read(start, stop, 1), y.spec.dtype.name)
+        cpu.compare_into(x.read(start, stop), x.spec.dtype.name, decoded, sums)
         return sums
 
     total = compare.new_sums()
-    for sums in work.sweep(one.spec.numel, 1, compare_range):
+    for sums in work.sweep(x.spec.numel, 1, compare_range):
         compare.merge(total, sums)
-    return compare.error_sums(one.spec.numel, total)
+    return compare.error_sums(x.spec.numel, total)
 
 
 def _rank(row: Mapping[str, Any]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.places import DEMO
 from tests.making import Raw, llama_tensors, make_source, read_safetensors, values_of, weights, write_checkpoint
 
 
@@ -27,8 +28,7 @@ def test_diff_decodes_quantized_tensors(quant: str, source: Path, tmp_path: Path
     assert document["only_in_a"] == document["only_in_b"] == []
     for row in document["tensors"]:
         if row["status"] == "different":
-            # diff rounds decoded weights to the tensor's bfloat16, as the engine does
-            assert row["relative_error"] == pytest.approx(recorded[row["name"]]["relative_error"], rel=2e-2)
+            assert row["relative_error"] == pytest.approx(recorded[row["name"]]["relative_error"], rel=1e-5)
 
 
 @pytest.mark.quick
@@ -134,3 +134,17 @@ def test_of_many_tensors_those_that_differ_most_are_shown(tmp_path: Path, weight
     assert "60 tensors: 10 equal, 50 different" in said
     assert len(weightmill("diff", a, b, "format=json").document["tensors"]) == 50
     assert "differ most" not in weightmill("diff", a, b, "tensors=all").out
+
+
+def test_what_is_quantized_differs_as_a_job_has_measured_and_not_from_what_it_is_decoded_to(
+    tmp_path: Path, weightmill: Any
+) -> None:
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    ran = weightmill("run", "quant=int8", f"output.path={out}", "format=json")
+    total = weightmill("diff", DEMO, out, "format=json").document["total"]
+    assert total["relative_error"] == pytest.approx(ran.document["totals"]["relative_error"], rel=1e-6)
+    assert (
+        weightmill("run", f"model.path={out}", "quant=none", "quant.dtype=bfloat16", f"output.path={plain}").status == 0
+    )
+    for pair in ((out, plain), (plain, out)):
+        assert weightmill("diff", *pair).status == 0
