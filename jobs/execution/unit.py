@@ -71,6 +71,14 @@ class Share:
     def journal(self) -> Journal:
         return Journal(self.output, self.key)
 
+    @property
+    def work_bytes(self) -> int:
+        """The bytes that progress counts: of the weights of all that is encoded, and of what is dropped."""
+        placed = [placement.encoding for placement in self.unit.outputs[self.target].placements]
+        names = {encoding.tensor.source_name for encoding in placed}
+        dropped = (tensor.spec.size for tensor in self.unit.tensors if tensor.name not in names)
+        return sum(encoding.numbers_bytes for encoding in placed) + sum(dropped)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTask:
@@ -102,7 +110,7 @@ class UnitTask:
     @property
     def work_bytes(self) -> int:
         """The bytes of the weights to encode, as they are when decoded, counted once for each share."""
-        return sum(tensor.spec.size for share in self.shares.values() for tensor in share.unit.tensors)
+        return sum(share.work_bytes for share in self.shares.values())
 
     def reach(self) -> None:
         reach_source(self.source, self.unit)

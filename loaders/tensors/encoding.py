@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loaders.clock import Clock
-from loaders.dtypes import DType
+from loaders.dtypes import DTYPES, DType
 from loaders.quantization.fused_group import FusedGroups
 from loaders.quantization.scheme import Scheme, Sharing, Sink, Stored, View, Work, fits, stored_specs
 from loaders.quantization.schemes.ggml import Ggml
@@ -50,6 +50,13 @@ class Encoding:
     def stored(self) -> Mapping[str, StoredSpec]:
         """The tensors that the scheme stores, by role."""
         return stored_specs(self.scheme, self.cast or self.tensor.dtype, self.tensor.shape)
+
+    @property
+    def numbers_bytes(self) -> int:
+        """The bytes of the weights as `TensorEncoder.numbers` gives them, which progress counts."""
+        spec = self.tensor.spec
+        is_decoded = self.cast is not None and spec.dtype.block > 1
+        return spec.numel * DTYPES["F32"].item_bytes if is_decoded else spec.size
 
     @property
     def state_bytes(self) -> int:
