@@ -227,10 +227,10 @@ def test_what_cannot_be_is_an_exception_with_the_fields_of_its_text(
 
 def test_progress_ends_at_the_total_that_it_began_with(folder: Path) -> None:
     """Blocks of a GGUF that are decoded are more bytes than are stored, and those that are copied are not."""
-    weightmill.run(quant="gguf_q4_k_m", output="GGUF", **QUIET)
-    for source, quant in (("GGUF", "gguf_q4_0"), ("GGUF", "mlx_int4"), ("GGUF", "none"), ("demo", "hqq4")):
+    weightmill.run(quant="gguf_q4_k_m", output="BLOCKS", **QUIET)
+    for source, quant in (("BLOCKS", "gguf_q4_0"), ("BLOCKS", "mlx_int4"), ("BLOCKS", "none"), ("demo", "hqq4")):
         told: list[weightmill.Progress] = []
-        given = {} if source == "demo" else {"model.path": source}
+        given = {} if source == "demo" else {"model": {"path": source}}
         weightmill.run(given, quant=quant, output=f"{source}-{quant}", progress=told.append, **QUIET)
         assert {each.total for each in told} == {told[-1].done}
 
