@@ -163,8 +163,8 @@ def _again(quantized: Sequence[Decision]) -> list[str]:
         return []
     kinds = dict.fromkeys(tensor.decode.kind for tensor in again if tensor.decode is not None)
     return [
-        f"{counted(len(again), 'tensor is', 'tensors are')} quantized already ({', '.join(kinds)}) and quantized again,"
-        " from what they decode to: more is lost than from the weights they came from"
+        f"{counted(len(again), 'tensor is', 'tensors are')} quantized already in the source ({', '.join(kinds)})"
+        " and quantized again, from what they decode to: more is lost than from the weights they came from"
     ]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import getpass
-import math
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -17,13 +17,13 @@ from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import versions
 from jobs.report.metrics import error_by_layer, metrics, table_columns
 from jobs.report.pictures import pictures
-from jobs.report.plan import output_sizes
 from jobs.spec.job import JobSpec
 from jobs.tracking.mlflow_run import KIND, SWEEP, Source
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import Run, open_run
 from loaders.places import ROOT
 from loaders.presets.auto import AutoQuant
+from loaders.rules.rule import Decision
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_PAGE, OUR_REPORT
 from loaders.storage.hashes import text_digest
@@ -64,14 +64,10 @@ def open_job_run(
 def facts(spec: JobSpec, plan: Plan, target: TargetPlan) -> dict[str, str]:
     """Return what people filter runs by, which are parameters and tags of every job.
 
-    `bits` are whole bits of a quantized weight, without its share of scales; of all weights if none is quantized.
+    `bits` are those that the codes of most quantized weights have, without scales; of most weights if none is.
     """
     quantized = [d for d in target.decisions if d.action == "quantize"]
     engines = sorted({d.scheme.engine for d in quantized if d.scheme is not None}) or [target.target.layout.name]
-    quantized = quantized or [*target.decisions]
-    sizes = output_sizes(target)
-    stored = sum(sizes.get(d.tensor.name, 0) for d in quantized)
-    weights = sum(math.prod(d.tensor.shape) for d in quantized if d.tensor.name in sizes)
     model_type = plan.checkpoint.config.get("model_type")
     return {
         "model": shown(spec.model_name)[:LONGEST],
@@ -79,8 +75,18 @@ def facts(spec: JobSpec, plan: Plan, target: TargetPlan) -> dict[str, str]:
         "engine": ENGINES.get(engines[0], engines[0]),
         "container": target.target.container.name,
         "quant": spec.quant.name,
-        "bits": str(stored * 8 // max(1, weights)),
+        "bits": str(_most_bits(quantized or target.decisions)),
     }
+
+
+def _most_bits(decisions: Sequence[Decision]) -> int:
+    """Return the bits that the codes of most weights have."""
+    weights = Counter[int]()
+    for encoding in (d.encoding for d in decisions if d.encoding is not None and d.tensor.spec.numel):
+        # A weight's codes are its largest stored tensor, in ggml's blocks together with their scales.
+        codes = max(part.size for part in encoding.stored.values())
+        weights[codes * 8 // encoding.spec.numel] += encoding.spec.numel
+    return weights.most_common(1)[0][0] if weights else 0
 
 
 def source_of(spec: JobSpec, plan: Plan) -> Source:

@@ -106,9 +106,9 @@ class GgufLayout:
             return ()
         types = ", ".join(sorted({d.tensor.dtype.name for d in again}))
         return (
-            f"{counted(len(again), 'tensor is', 'tensors are')} quantized already ({types}) and quantized again,"
-            " from what they decode to,"
-            " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
+            f"{counted(len(again), 'tensor is', 'tensors are')} quantized already in the source ({types}) and"
+            " quantized again, from what they decode to, as llama-quantize --allow-requantize does: more is lost than"
+            " from the weights they came from",
         )
 
     def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:

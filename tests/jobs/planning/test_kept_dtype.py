@@ -175,7 +175,7 @@ def test_reports_from_before_keep_what_was_stored() -> None:
 
 def test_growth_and_a_second_quantization_are_warned_of(weightmill: Any, tmp_path: Path, gguf: Path) -> None:
     ran = weightmill("plan", f"model.path={gguf}", f"output.path={tmp_path / 'out'}", "quant=int8")
-    assert "are quantized already (ggml) and quantized again" in ran.out
+    assert "are quantized already in the source (ggml) and quantized again" in ran.out
     ran = weightmill("plan", f"output.path={tmp_path / 'out'}", "quant=none", "quant.dtype=float32")
     assert "the output is larger than the source" in ran.out
     ran = weightmill("plan", f"output.path={tmp_path / 'out'}", f"model.path={DEMO}", "quant=nf4")

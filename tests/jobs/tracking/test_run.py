@@ -166,10 +166,13 @@ def test_people_filter_by_what_a_run_is_and_see_no_noise(
         "nf4": ("bitsandbytes", "safetensors", "4"),
         "hqq4": ("hqq", "pytorch", "4"),
         "mlx_int4": ("mlx-lm", "safetensors", "4"),
+        "mlx_int4 quant.group_size=32": ("mlx-lm", "safetensors", "4"),
         "none": ("transformers", "safetensors", "16"),
     }
-    for quant, (engine, container, bits) in wanted.items():
-        ran, found = run(store, weightmill, source, tmp_path / f"facts-{quant}", f"quant={quant}", "model.name=name")
+    for given, (engine, container, bits) in wanted.items():
+        quant, *settings = given.split()
+        out = tmp_path / f"facts-{len(settings)}-{quant}"
+        ran, found = run(store, weightmill, source, out, f"quant={quant}", *settings, "model.name=name")
         assert ran.status == 0, ran.err
         facts = {
             "model": "name", "model_type": "llama", "engine": engine, "container": container, "quant": quant,
@@ -180,7 +183,7 @@ def test_people_filter_by_what_a_run_is_and_see_no_noise(
         seen = {name for name in found.data.tags if not name.startswith("mlflow.")}
         assert seen == {*facts, "weightmill.kind", "weightmill.output"}
         [told] = [each for each in runs(store, f"tags.quant = '{quant}' and params.bits = '{bits}'")
-                  if each.info.run_name.startswith("facts")]  # fmt: skip
+                  if each.info.run_name == out.name]  # fmt: skip
         assert told.info.run_id == found.info.run_id
 
 

@@ -175,7 +175,7 @@ def test_half_a_character_is_refused_in_the_plan(where: str, half: int, tmp_path
 def test_blocks_are_quantized_again_and_the_plan_says_so(model: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
     again = [f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}"]
-    assert "tensors are quantized already (Q8_0) and quantized again" in weightmill("plan", *again).out
+    assert "tensors are quantized already in the source (Q8_0) and quantized again" in weightmill("plan", *again).out
     assert weightmill("run", *again).status == 0
     assert weightmill("verify", f"output.path={tmp_path / 'q4'}").status == 0
     plain = [f"model.path={tmp_path / 'q8'}", "quant=none", "quant.dtype=float32", f"output.path={tmp_path / 'f32'}"]
