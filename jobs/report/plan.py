@@ -17,6 +17,7 @@ from loaders.words import counted, in_a_line
 
 MOST_FILES = 8  # files that a plan lists; of more, it lists the first SHOWN_FILES and the last
 SHOWN_FILES = 3
+MOST_CARRIED = 6  # names of other files that a plan lists
 
 
 def plan_text(
@@ -37,6 +38,11 @@ def plan_text(
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
     for note in notes:
         head.add_row("", note)
+    anew = {"config.json", *target.made, *(["README.md"] if spec.output.card else [])}
+    if carried := [name for name in plan.aux_of(target) if name not in anew]:
+        sizes = sum(checkpoint.source.entry(name).size for name in carried)
+        more = f" and {len(carried) - MOST_CARRIED} more" if len(carried) > MOST_CARRIED else ""
+        head.add_row("beside", in_a_line(f"copied, {size(sizes)}: {', '.join(carried[:MOST_CARRIED])}{more}"))
     parts: list[RenderableType] = [head, _decision_table(target)]
     if len(target.finals) > 1:
         parts.append(_file_table(target, all_files=all_tensors))

@@ -8,17 +8,21 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 from loaders.storage.times import modified
+from loaders.words import LINE_BREAK, shown
 
 # Folders that tools make (git, the Hub's client, Python, Jupyter); they are not part of a checkpoint.
 SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 # A file that a store of contents (the Hub's cache, DVC) names by its hash, or by all but its first digits.
 HASH = re.compile(r"[0-9a-f]{28,128}")
+MOST_BESIDE = 1000  # names among which that of a missing folder is looked for
 
 # What `absence` says of a file, in every kind of store.
 A_FILE = "a file; give the folder it lies in, or a file of weights: .safetensors, .gguf, .bin, .pt or .pth"
@@ -43,7 +47,17 @@ class Folder:
     def absence(self) -> str | None:
         if self.path.is_dir():
             return None
-        return A_FILE if self.path.exists() else "nothing there"
+        return A_FILE if self.path.exists() else f"nothing there{self._nearest()}"
+
+    def _nearest(self) -> str:
+        """Say what of nearly this name lies beside it."""
+        try:
+            with os.scandir(self.path.parent) as beside:
+                names = [entry.name for entry in islice(beside, MOST_BESIDE)]
+        except OSError:
+            return "" if self.path.parent.exists() else f", nor a folder {self.path.parent}"
+        found = get_close_matches(self.path.name, [name for name in names if not LINE_BREAK.search(name)], 1, 0.7)
+        return f"; did you mean {shown(str(self.path.parent / found[0]))}?" if found else ""
 
     def is_taken(self) -> bool:
         return self.path.exists() or self.path.is_symlink()

@@ -18,13 +18,16 @@ from loaders.storage.base import OUR_PAGE, OUR_REPORT, Entry, Range, Store
 SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 AT_ONCE = 16  # shards that are looked for at once
-# What an engine reads beside weights: configs, tokenizers, templates. Python files of a checkpoint are code, which is
-# never run. Vocabularies of a quarter of a million tokens take 35 MB.
+# What an engine reads beside weights: configs, tokenizers, templates. Vocabularies of 250,000 tokens take 35 MB.
 SMALL, LARGEST = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 64 << 20
+ABOUT = re.compile(r"(readme|licen[cs]e|notice)([._-].*)?", re.IGNORECASE)  # what people read about a model
 
 
 class LoneFile(Store):
-    """A `Store` of one weight file: other weights of its folder, and the folders in it, are not seen."""
+    """A `Store` of one weight file, and of what engines and people read beside one.
+
+    The folder may be anything, of downloads for instance: nothing else in it is seen.
+    """
 
     def __init__(self, folder: Store, name: str) -> None:
         self._folder = folder
@@ -44,7 +47,9 @@ class LoneFile(Store):
         if name.endswith(SUFFIXES):
             mine, other = SHARD.fullmatch(self._name), SHARD.fullmatch(name)
             return mine is not None and other is not None and mine.groups() == other.groups()
-        return "/" not in name and not name.endswith(".index.json") and name not in (OUR_REPORT, OUR_PAGE)
+        if "/" in name or name.endswith(".index.json") or name in (OUR_REPORT, OUR_PAGE):
+            return False
+        return PurePosixPath(name).suffix in SMALL or ABOUT.fullmatch(name) is not None
 
     def _set(self) -> Sequence[str]:
         """Return the names of the file and its other shards."""
@@ -95,6 +100,6 @@ class LoneFile(Store):
             with io_errors("making", place):
                 if entry.name in self._set():
                     place.symlink_to(os.path.abspath(path))
-                elif PurePosixPath(entry.name).suffix in SMALL and entry.size <= LARGEST:
+                elif entry.size <= LARGEST:
                     shutil.copyfile(path, place)
         return made
