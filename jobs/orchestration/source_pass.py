@@ -39,6 +39,7 @@ from loaders.strategies import WeightLoader
 # Open files per job of a pass, estimated on the safe side: those of its units in flight, and of its journal. It bounds
 # the number of jobs in a pass by the process's limit of open files.
 FILES_AT_ONCE = 12
+NOTHING_KEPT = "interrupted before a unit was finished: nothing is kept, and the same command begins anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +239,9 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         for job in jobs:
             if job not in unfinished:
                 job.settle()
-        if killed and len(jobs) == 1 and jobs[0].planned.journal.count:
-            raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
+        if killed and len(jobs) == 1:
+            kept = jobs[0].planned.journal.count
+            raise KeyboardInterrupt(jobs[0].how_to_go_on if kept else NOTHING_KEPT) from None
         raise
 
 

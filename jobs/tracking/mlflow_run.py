@@ -191,7 +191,7 @@ class MlflowRun:
 
     def _resume(self, tags: Mapping[str, str]) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
-        for name, value in {**tags, **here(), "weightmill.resumed": "true"}.items():
+        for name, value in {**tags, **here()}.items():
             self._client.set_tag(self.run_id, name, value)
 
     def _new(self, opening: Opening) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -66,3 +67,14 @@ def added(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def known_types(engine: str) -> tuple[str, ...]:
     """Return the model types of which some file says something for an engine."""
     return tuple(model_type for model_type in sorted(_texts()) if section(model_type, engine) is not None)
+
+
+def others_known(engine: str, config: Mapping[str, Any]) -> str:
+    """Say what can be done with a model type that an engine's files do not have."""
+    types = known_types(engine)
+    close = get_close_matches(str(config.get("model_type"))[:64], types, 3)  # which may be any text
+    nearest = f", {', '.join(close)} nearest" if close else ""
+    return (
+        f"{len(types)} model types are{nearest}; what is loaded by transformers needs no such names: quant=int8, nf4,"
+        " hqq4, w4a16, fp8_dynamic"
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 from loaders.architectures import gguf_names
 from loaders.architectures.family import text_config
-from loaders.architectures.family_files import added, known_types, section
+from loaders.architectures.family_files import added, known_types, others_known, section
 from loaders.architectures.forms import Form, forms_of
 from loaders.architectures.gguf_types import is_float32, is_quantized
 from loaders.architectures.layer_kinds import CONDITIONS, layer_count
@@ -255,9 +255,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     found = _architecture(model_type)
     if found is None:
-        known = ", ".join(known_types("gguf"))
         raise BadSpec(
-            f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)}; it knows {known}"
+            f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)};"
+            f" {others_known('gguf', config)}"
         )
     for condition, changes in found.variants.items():
         if CONDITIONS[condition](config):

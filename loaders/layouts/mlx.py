@@ -7,14 +7,13 @@ under its path in the block, or else what the shapes tell (in older versions, th
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from loaders.architectures.family import load_dtype, text_config
-from loaders.architectures.family_files import known_types
+from loaders.architectures.family_files import others_known
 from loaders.architectures.layers import LAYERS, MOST
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
@@ -108,11 +107,9 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     model = model_of(checkpoint.config)
     if model is None:
         found = model_type_said(checkpoint.config)
-        types = known_types("mlx")
-        close = difflib.get_close_matches(str(checkpoint.config.get("model_type")), types, n=3)
-        nearest = f", {', '.join(close)} nearest" if close else ""
         raise BadSpec(
-            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here ({len(types)} are{nearest})"
+            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here;"
+            f" {others_known('mlx', checkpoint.config)}"
         )
     problem = fault(model, checkpoint.config)
     if problem:
