@@ -21,6 +21,7 @@ from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
 from jobs.cli.listening import LISTENER
 from jobs.cli.literals import literal, verbatim
+from jobs.cli.stopping import answering
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
@@ -103,7 +104,7 @@ class Verb(Generic[S]):
         imported()
         try:
             have_home()
-            with settings_called(KEYS):
+            with answering(), settings_called(KEYS):
                 return self._main(self._named(given), as_json)
         except BadSpec as error:
             return _complain(WRONG, error.problems, as_json, error.remedy)
