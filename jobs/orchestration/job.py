@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said, note
+from jobs.execution.cluster import Cluster
 from jobs.execution.unit import Share
 from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
@@ -38,6 +39,7 @@ from jobs.tracking.job_run import facts, open_job_run, track_job
 from jobs.tracking.pages import how_to_open, registered_lines
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import NoRun, Run
+from jobs.verification.judging_task import JudgeTask
 from jobs.verification.logits import asked, judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
@@ -133,12 +135,19 @@ class Job:
         ]
 
     @property
+    def judge_task(self) -> JudgeTask:
+        """The evaluation of the output as a task for a cluster."""
+        judging, journal = self.planned.judging, self.planned.journal
+        assert judging is not None
+        return judging.task(journal.destination.files, journal.output.name)
+
+    @property
     def _gate(self) -> Gate:
         verify = self.planned.spec.verify
         return Gate(verify.allow_nonfinite, verify.max_relative_error)
 
-    def finish(self, done: Pass) -> None:
-        """Check the gate, publish the output, and log the report to MLflow.
+    def finish(self, done: Pass, cluster: Cluster) -> None:
+        """Check the gate, judge the output on the cluster, publish it, and log the report to MLflow.
 
         Raises:
             WeightmillError: the output fails verification, or cannot be written.
@@ -146,7 +155,7 @@ class Job:
         if self.is_whole:
             self.report = read_report(self.planned.journal.output)
         else:
-            self.report = self._publish(done)
+            self.report = self._publish(done, cluster)
         planned = self.planned
         if self.run.is_tracked:
             output = planned.journal.output
@@ -162,7 +171,7 @@ class Job:
             )
         self.run.end("FINISHED")
 
-    def _publish(self, whole: Pass) -> Report:
+    def _publish(self, whole: Pass, cluster: Cluster) -> Report:
         planned = self.planned
         units, journal = planned.plan.units, planned.journal
         if self.resumed:
@@ -170,7 +179,7 @@ class Job:
         done = [self.done[unit.id] for unit in units]
         has_card = planned.spec.output.card
         completed = complete(planned.plan, planned.target, journal, done, card=has_card)
-        quality = self._judge([file.xxh3 for file in completed.weights])
+        quality = self._judge([file.xxh3 for file in completed.weights], cluster)
         report = make_report(
             planned.spec,
             planned.plan,
@@ -211,7 +220,7 @@ class Job:
         card = make_card(report, planned.plan, planned.target, theirs, planned.journal.output)
         return put_card(planned.journal, report, card)
 
-    def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
+    def _judge(self, digests: Sequence[str], cluster: Cluster) -> dict[str, Any] | None:
         """Evaluate the finished files if that is asked for. If they fail, the numbers are still tracked.
 
         Raises:
@@ -221,7 +230,8 @@ class Job:
         if judging is None:
             return None
         try:
-            found = judged(judging, journal.destination.files, journal.output.name, journal.destination, digests)
+            files, name = journal.destination.files, journal.output.name
+            found = judged(judging, files, name, journal.destination, digests, cluster)
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
         quality = {**found.to_json(), "asked": asked(judging.spec.model_dump())}

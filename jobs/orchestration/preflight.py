@@ -107,7 +107,8 @@ def plan_job(
         check_free(spec, output, found)
     is_wanted = planned.done is None or lacks_judging(planned.done, spec)
     if is_wanted and isinstance(spec.verify, JudgedSpec):
-        return replace(planned, judging=judging_of(spec.verify, plan, made, output))
+        judging = judging_of(spec.verify, plan, made, output, here=is_local(spec.cluster))
+        return replace(planned, judging=judging)
     return planned
 
 

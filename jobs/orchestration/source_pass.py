@@ -28,6 +28,7 @@ from jobs.report import plan
 from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
+from jobs.verification.judging_task import check_can_judge
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, is_contained, max_open_files
 from loaders.backends.memory import PeakMemory, no_collection, spared
@@ -183,10 +184,11 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         if recorder is None:
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
+        judges = not cluster.is_local and any(job.planned.judging is not None for job in jobs)
         with PeakMemory() as memory:
             bytes_read = _run_units(jobs, cluster, strategy)
             description = cluster.description
-        if recorder is None:
+        if recorder is None and not judges:
             clusters.close()
         done = Pass(
             started=started,
@@ -202,7 +204,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         for job in jobs:
             if job.outcome is None:
                 with _own_failure(job), no_collection(), working_on(job.name):
-                    job.finish(done)
+                    job.finish(done, cluster)
         for job in jobs:
             job.settle()
     plan, after = jobs[0].planned.plan, disk_bytes_fetched()
@@ -245,6 +247,10 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
 
 def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) -> int:
     """Run the units that are left of all jobs; returns the stored bytes that were read."""
+    if not cluster.is_local:
+        for job in (job for job in jobs if job.planned.judging is not None and not job.is_whole):
+            with _own_failure(job):
+                check_can_judge(cluster, [job.judge_task])
     alive = [job for job in jobs if job.outcome is None]
     check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
     for job in (j for j in alive if cluster.is_local and not j.is_whole):
