@@ -7,9 +7,10 @@ The rest is taken from the settings, or assumed; the document names which is whi
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,12 +34,12 @@ from loaders.storage.hashes import digest
 # What is assumed of a machine of which the settings do not say it: a network of 10 Gbit/s.
 GBPS = 1.0
 # Measured with Ray 2.60 on two CPUs: joining a cluster and asking its machines, the first worker's imports and kernels.
-START_S = 8.0
+START_S = 7.0
 UNIT_S = 0.1  # the file and the record of a unit are synced, and Ray sends the next one
 DRIVER_S = 0.002  # what `weightmill bench cluster` holds the driver to
 END_S = 1.0  # index, config, report and page
 MEASURING_S = 2.0  # after which no further scheme is measured
-BLOCK = 32 << 20  # bytes that are copied and hashed to measure both: more than caches hold
+BLOCK, LAPS = 64 << 20, 3  # bytes that are written, read and hashed to measure these: more than caches hold
 From = Literal["measured here", "given", "assumed"]
 
 
@@ -93,11 +94,12 @@ def cluster_time(planned: Planned, cluster: PlannedCluster) -> ClusterTime:
     threads = cluster.threads or max(1, min(int(cpus), MOST_THREADS))
     at_once = _units_at_once(planned, cluster, cpus, threads)
     seconds = _seconds(planned, found)
-    copied, hashed = _copying()
-    found.add("a CPU copies", copied / 1e9, "GB/s", "measured here")
+    written, again, hashed = _moving()
+    found.add("a CPU hands to the kernel", written / 1e9, "GB/s", "measured here")
+    found.add("a CPU takes from the kernel", again / 1e9, "GB/s", "measured here")
     found.add("a CPU hashes", hashed / 1e9, "GB/s", "measured here")
-    # What is read is copied once. What is written is hashed and copied to the kernel, then read back and hashed again.
-    moved = (1 / copied, 2 / copied + 2 / hashed)
+    # What is written is hashed on its way, then read back and hashed again.
+    moved = (1 / again, 1 / written + 1 / again + 2 / hashed)
     loads = [_load(unit, seconds, moved) for unit in units]
     fixed = Fixed(
         start_s=found.add("Ray is joined, workers start", START_S, "s", "assumed"),
@@ -157,8 +159,9 @@ def _seconds(planned: Planned, found: _Found) -> dict[tuple[Scheme, str], float]
     began, made, threads = time.perf_counter(), dict[tuple[Scheme, str], float](), usable_cpus()
     for (scheme, dtype), _ in sizes.most_common():
         backend = planned.spec.backend.asked if planned.spec.backend.asked in scheme.backends else "cpu"
+        name = planned.spec.quant.name if scheme == planned.spec.quant.scheme else scheme.kind
         is_plain = isinstance(scheme, Plain)
-        what = f"a CPU copies {dtype} and compares" if is_plain else f"a CPU encodes {dtype} as {scheme.kind}"
+        what = f"a CPU copies {dtype} and compares" if is_plain else f"a CPU encodes {dtype} as {name}"
         if made and time.perf_counter() - began > MEASURING_S:
             slowest = max(made.values())
             made[scheme, dtype] = 1e-9 / found.add(what, 1e-9 / slowest, "GB/s", "assumed")
@@ -173,19 +176,22 @@ def _seconds(planned: Planned, found: _Found) -> dict[tuple[Scheme, str], float]
     return made
 
 
-def _copying() -> tuple[float, float]:
-    """Return the bytes a second that a CPU copies, and that it hashes."""
-    source, target = np.ones(BLOCK, np.uint8), np.empty(BLOCK, np.uint8)
-
-    def best(act: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(4):
-            began = time.perf_counter()
-            act()
-            taken.append(time.perf_counter() - began)
-        return BLOCK / min(taken)
-
-    return best(lambda: np.copyto(target, source)), best(lambda: digest(source))
+def _moving() -> tuple[float, float, float]:
+    """Return the bytes a second that a CPU writes to the kernel's cache of files, reads from it, and hashes."""
+    block, taken = np.ones(BLOCK, np.uint8), list[tuple[float, float, float]]()
+    for _ in range(LAPS):
+        with tempfile.TemporaryFile() as file:  # what is not synced does not reach the disk
+            began = time.thread_time()
+            file.write(block.data)
+            file.flush()
+            wrote = time.thread_time()
+            file.seek(0)
+            file.readinto(block.data)
+            read = time.thread_time()
+            digest(block)
+            taken.append((wrote - began, read - wrote, time.thread_time() - read))
+    written, read_back, hashed = (BLOCK / max(1e-6, min(column)) for column in zip(*taken, strict=True))
+    return written, read_back, hashed
 
 
 def _load(unit: Unit, seconds: dict[tuple[Scheme, str], float], moved: tuple[float, float]) -> Load:

@@ -201,7 +201,8 @@ def judged(
 ) -> Quality | Closeness:  # fmt: skip
     """Evaluate an output's files, in this process, or on a machine of a cluster that is not this process.
 
-    The result is kept in the journal of `keep`, for files with the same `digests`. A job that fails a limit thus need not be evaluated again under a wider one.
+    The result is kept in the journal of `keep`, for files with the same `digests`. A job that fails a limit thus need
+    not be evaluated again under a wider one.
 
     Raises:
         BadCheckpoint: an engine cannot load the original or the output.
