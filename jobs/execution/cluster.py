@@ -75,7 +75,7 @@ class Task(Protocol[R_co]):
         ...
 
     def reach(self) -> None:
-        """Check that this process reads what the task reads, and sees where it writes.
+        """Check that this process reads what the task reads.
 
         Raises:
             WeightmillError: it does not.

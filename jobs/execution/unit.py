@@ -124,8 +124,6 @@ class UnitTask:
 
     def reach(self) -> None:
         reach_source(self.source, self.unit)
-        for journal in self.journals:
-            journal.check_there()
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)

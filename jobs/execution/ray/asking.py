@@ -73,7 +73,7 @@ def ask_remotely(question: Question, settings: StoreSettings) -> Answer:
     try:
         fault = fault_of(question, wrote)
     except (WeightmillError, OSError) as error:
-        fault = str(error)
+        fault = str(error).replace(wrote, question.name)  # so that machines with one fault say the same
     return Answer(facts=facts, fault=fault, wrote=wrote)
 
 
@@ -83,10 +83,15 @@ def fault_of(question: Question, wrote: str) -> str:
     Raises:
         WeightmillError, OSError: the source cannot be read, or the output cannot be written to.
     """
-    question.task.reach()
     if fault := source_fault(open_source(question.task.source), question.files):
         return fault
+    question.task.reach()
     for journal in question.journals:
+        if not journal.destination.is_there():
+            return (
+                f"{journal.destination.journal} is not there; on several machines the output must lie where all of them"
+                " reach it, and of one on the Hub its output.journal"
+            )
         if not again(lambda there=journal: there.destination.get(question.name) == question.token):  # type: ignore[misc]
             return f"{journal.destination.journal} is another folder there than here"
         journal.destination.put(wrote, bytes(WRITTEN_BYTES))
