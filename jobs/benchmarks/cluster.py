@@ -27,26 +27,34 @@ from jobs.benchmarks.timing import Case, rotate
 from jobs.cli.verb import Said, note
 from jobs.execution.choose import choose
 from jobs.execution.cluster import UnitFailed
+from jobs.output.journal import Journal
 from jobs.planning.plan import Unit
 from jobs.report.tables import size, table
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.memory import anonymous_bytes
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import StorageError
 from loaders.places import DEMO
+from loaders.storage.address import Address
 from loaders.storage.hashes import hash_file
 
 HERE, RAY = "cluster=local", "cluster=ray"
 LOOKS = 10  # at the driver's memory, while units run
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EmptyTask:
     """A `Task` that does nothing, as small as one can be."""
 
     unit: Unit
+    threads: int = 1
+    source: Address = Address(str(DEMO))  # noqa: RUF009  # an immutable value
     memory_bytes: int = 0
+    work_bytes: int = 1
     gpus: int = 0
+    scratch_bytes: int = 0
+    journals: tuple[Journal, ...] = ()
+    by_architecture: bool = False
 
     def reach(self) -> None:
         """Any machine can do nothing."""
@@ -74,7 +82,7 @@ def time_cluster(path: str | None, gb: float, quant: str, units: int, folder: st
     with given_or_random(path, gb, folder) as (work, source):
         checkpoint = open_checkpoint(source)
         files = [source / tag.name for tag in checkpoint.files]
-        parts = (("start", DEMO, []), ("job", source, files))
+        parts: tuple[tuple[str, Path, list[Path]], ...] = (("start", DEMO, []), ("job", source, files))
         jobs = {
             f"{name} {how}": _Timed(where, quant, how, work, mine) for name, where, mine in parts for how in (HERE, RAY)
         }
@@ -129,7 +137,7 @@ def time_driver(units: int) -> Driver:
     note(f"starting Ray, and running {units:,} empty units")
     cluster, _ = choose(ClusterSpec(kind="ray"))
     try:
-        tasks = [EmptyTask(Unit(f"unit-{n:06d}", (), (), {})) for n in range(units)]
+        tasks = [EmptyTask(unit=Unit(f"unit-{n:06d}", (), (), {})) for n in range(units)]
         cluster.check(tasks)
         _finish(cluster.run(tasks[:1], lambda count: None))  # workers have started then
         taken, cpu_s, began = list[int](), time.process_time(), time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from jobs.execution.ray.cluster import MOST_THREADS
-from jobs.execution.ray.flights import BASE_BYTES
+from jobs.execution.ray.machines import BASE_BYTES
 from jobs.orchestration.preflight import Planned
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.reckoning import Fixed, Load, Machines, Reckoned, reckon
@@ -107,8 +107,9 @@ def cluster_time(planned: Planned, cluster: PlannedCluster) -> ClusterTime:
         driver_s=found.add("the driver, for each unit", DRIVER_S, "s", "assumed"),
         end_s=found.add("the end: report, index, config", END_S, "s", "assumed") + _joining_s(planned, read, write),
     )
+    limit = math.inf if cluster.read_limit is None else cluster.read_limit / cluster.nodes
     machines = Machines(
-        count=cluster.nodes, units_at_once=at_once, threads=threads, cpus=cpus, read_rate=read * 1e9,
+        count=cluster.nodes, units_at_once=at_once, threads=threads, cpus=cpus, read_rate=min(read * 1e9, limit),
         write_rate=write * 1e9,
     )  # fmt: skip
     return ClusterTime(
@@ -127,6 +128,9 @@ def _units_at_once(planned: Planned, cluster: PlannedCluster, cpus: float, threa
     node, (strategy, _) = cluster.node, planned.strategy
     need = BASE_BYTES + max(unit.memory_bytes(threads) for unit in planned.plan.units) + strategy.held_bytes
     rooms = [max(1, int(cpus // threads))]
+    rooms += [] if cluster.units_per_node is None else [cluster.units_per_node]
+    # Of so few in all, machines are given alike.
+    rooms += [] if cluster.units_at_once is None else [max(1, -(-cluster.units_at_once // (cluster.nodes or 1)))]
     if node.memory_gb is not None:
         rooms.append(int(node.memory_gb * 1e9 // need))
     if planned.spec.backend.kind == "cuda":

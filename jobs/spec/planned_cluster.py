@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from jobs.spec.base import Spec
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 
 
 class NodeSpec(Spec):

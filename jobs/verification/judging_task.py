@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jobs.cli.progress import Meter
 from jobs.execution.choose import choose, is_local
 from jobs.execution.cluster import Cluster, UnitFailed, reach_source
+from jobs.output.journal import Journal
 from jobs.planning.plan import Unit
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from jobs.spec.keys import KEYS
 from loaders.backends.threads import Stopped
 from loaders.checkpoints.checkpoint import open_checkpoint
@@ -42,12 +43,13 @@ LIBRARIES_BYTES = 2 << 30  # of torch, an engine, and a batch of numbers, beside
 class JudgeTask:
     """A `Task` that evaluates an output. It counts tokens, those of the original and of the output."""
 
-    # Loading a model moves no token for long, and a second copy of the task would take its memory again.
-    silent_s: ClassVar[float] = 3600.0
-    is_alone: ClassVar[bool] = True
+    silent_s: ClassVar[float] = 1800.0  # loading a model, and computing with a large one, tells nothing for long
+    by_architecture: ClassVar[bool] = False
+    scratch_bytes: ClassVar[int] = 0
+    journals: ClassVar[tuple[Journal, ...]] = ()
 
     kind: str  # "logits" or "embeddings"
-    original: Address
+    source: Address  # the original
     container: str
     files: tuple[Entry, ...]  # the original's
     output: Address
@@ -58,6 +60,8 @@ class JudgeTask:
     dtype: str
     engine: Engine
     model_bytes: int
+    tokens: int  # that the original computes, and then the output
+    threads: int
     quantized: tuple[tuple[TensorSpec, Decoder], ...] = field(repr=False)
     is_probe: bool = False  # whether it only asks machines whether they could
 
@@ -68,6 +72,10 @@ class JudgeTask:
     @property
     def memory_bytes(self) -> int:
         return self.model_bytes + LIBRARIES_BYTES
+
+    @property
+    def work_bytes(self) -> int:
+        return 2 * self.tokens
 
     @property
     def gpus(self) -> int:
@@ -85,7 +93,7 @@ class JudgeTask:
             for each, what in ((runners.ORIGINAL, "the original"), (self.engine, "the output")):
                 runners.check_engine(each, self.device, what)
             runners.check_tensors(self.engine, self.device, self.quantized)
-        reach_source(self.original, self.unit)
+        reach_source(self.source, self.unit)
         if (why := open_store(self.output).absence()) is not None:
             raise StorageError(f"{self.output}: {why}")
 
@@ -100,7 +108,7 @@ class JudgeTask:
             on_bytes(tokens)
 
         is_states = self.kind == "embeddings"
-        original = open_checkpoint(self.original, self.container)
+        original = open_checkpoint(self.source, self.container)
         reference = Reference(original, self.windows, self.device, self.dtype, is_states)
         try:
             with kept(self.folder) as folder:
@@ -137,15 +145,15 @@ def check_can_judge(cluster: Cluster, tasks: Sequence[JudgeTask]) -> None:
                     raise BadSpec(f"verify={task.kind}: {outcome.reason}")
 
 
-def judged_on(cluster: Cluster, task: JudgeTask, doing: str, tokens: int) -> Quality | Closeness:
-    """Evaluate an output on one of the cluster's machines, with a progress display of `tokens`.
+def judged_on(cluster: Cluster, task: JudgeTask, doing: str) -> Quality | Closeness:
+    """Evaluate an output on one of the cluster's machines, with a progress display.
 
     Raises:
         BadCheckpoint: an engine cannot load the original or the output.
         VerifyFailed: the output computes NaN or infinities, or other numbers of logits or hidden states.
         StorageError: no machine could finish it.
     """
-    with Meter(doing, tokens, "tokens") as meter, closing(_outcomes(cluster, task, meter.add)) as outcomes:
+    with Meter(doing, task.work_bytes, "tokens") as meter, closing(_outcomes(cluster, task, meter.add)) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, UnitFailed):
                 raise StorageError(f"{outcome.unit}: {outcome.reason}")
@@ -159,6 +167,7 @@ def judged_on(cluster: Cluster, task: JudgeTask, doing: str, tokens: int) -> Qua
 def _outcomes(
     cluster: Cluster, task: JudgeTask, on_tokens: Callable[[int], None]
 ) -> Generator[JudgeReport | UnitFailed]:
+    task = replace(task, threads=cluster.threads)
     try:
         cluster.check([task])
     except BadSpec as error:

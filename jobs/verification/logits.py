@@ -64,10 +64,10 @@ class Judging:
         """Return the evaluation as a task for a cluster."""
         reference = self.reference
         return JudgeTask(
-            kind=self.spec.kind, original=reference.checkpoint.address, container=reference.checkpoint.container,
+            kind=self.spec.kind, source=reference.checkpoint.address, container=reference.checkpoint.container,
             files=tuple(reference.checkpoint.files), output=output.address, name=name, folder=self.folder,
             windows=reference.windows, device=reference.device, dtype=reference.dtype, engine=self.engine,
-            model_bytes=self.model_bytes, quantized=self.quantized,
+            model_bytes=self.model_bytes, tokens=reference.tokens, threads=1, quantized=self.quantized,
         )  # fmt: skip
 
     @property
@@ -225,7 +225,7 @@ def judged(
     doing, tokens = f"evaluating it and the original, {name}", 2 * reference.tokens
     if cluster is not None and not cluster.is_local:
         note(f"evaluating {name} in {judging.engine.name}, on one of the cluster's machines; the original: {done}")
-        quality = judged_on(cluster, judging.task(output, name), doing, tokens)
+        quality = judged_on(cluster, judging.task(output, name), doing)
     else:
         note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
         with kept(judging.folder) as folder, Meter(doing, tokens, "tokens") as meter:

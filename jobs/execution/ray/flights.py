@@ -38,6 +38,7 @@ class Flight:
         self.stream = stream
         self.unit: str | None = None
         self.progress = Progress(time.monotonic(), 0)
+        self.silent_s = max(getattr(task, "silent_s", 0.0) for task in tasks)
         self.pid: int | None = None  # of its worker, once that has begun
         self.is_short = False  # whether its machine had little memory left when it was last heard of
         self.is_stuck = False
@@ -47,7 +48,8 @@ class Flight:
 
     def begin(self, unit: str) -> None:
         self.unit = unit
-        self.progress = Progress(time.monotonic(), self.left[unit].work_bytes if unit in self.left else 0)
+        work_bytes = self.left[unit].work_bytes if unit in self.left else 0
+        self.progress = Progress(time.monotonic(), work_bytes, silent_s=self.silent_s)
 
     @property
     def is_lost(self) -> bool:

@@ -40,6 +40,7 @@ class Progress:
     first_s: float | None = None  # when its first bytes were told
     moved_s: float = 0.0  # when it last moved
     is_compiling: bool = False
+    silent_s: float = 0.0  # for which its task may make none, by its nature
 
     def moved(self, size: int, now: float) -> None:
         """Note work bytes; a negative size if the attempt begins again."""
@@ -83,6 +84,9 @@ class Pace:
 
     def patience_s(self, attempt: Progress) -> float:
         """Return for how many seconds an attempt may make no progress before it counts as stuck."""
+        return max(attempt.silent_s, self._usual_patience_s(attempt))
+
+    def _usual_patience_s(self, attempt: Progress) -> float:
         if attempt.first_s is None or attempt.is_compiling:
             return max(FIRST_S, 2 * self._slowest_first_s)
         if attempt.is_at_end:

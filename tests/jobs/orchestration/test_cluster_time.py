@@ -55,6 +55,19 @@ def test_a_file_that_units_share_is_joined_at_the_end(weightmill: Any) -> None:
     assert end_s("gguf_q8_0") > cluster_time.END_S + 3  # 2 MB at 1 MB/s: read, written, read
 
 
+def test_limits_of_the_settings_bind_here_too(weightmill: Any) -> None:
+    def found(*given: str) -> Any:
+        node = "cluster.node={cpus: 32, read_gbps: 2}"
+        return weightmill("plan", "cluster=ray", "cluster.nodes=2", node, *given, "format=json").document["cluster"]
+
+    free = found()
+    assert free["units_per_node"] == 4
+    assert found("cluster.units_per_node=3")["units_per_node"] == 3
+    assert found("cluster.units_at_once=2")["units_per_node"] == 1
+    slow = found("cluster.read_limit_gbps=0.4")["seconds_of"]["reading"]
+    assert slow == pytest.approx(10 * free["seconds_of"]["reading"])
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
