@@ -139,6 +139,7 @@ def time_driver(units: int) -> Driver:
     try:
         tasks = [EmptyTask(unit=Unit(f"unit-{n:06d}", (), (), {})) for n in range(units)]
         cluster.check(tasks)
+        assert not any(task.unit.source_bytes for task in tasks)  # which units keep: memory of theirs, not the driver's
         _finish(cluster.run(tasks[:1], lambda count: None))  # workers have started then
         taken, cpu_s, began = list[int](), time.process_time(), time.perf_counter()
         for done, outcome in enumerate(cluster.run(tasks, lambda count: None), 1):

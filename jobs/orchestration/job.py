@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Group
@@ -19,6 +20,7 @@ from rich.text import Text
 from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.cluster import Cluster
+from jobs.execution.joining import join_on
 from jobs.execution.unit import Share
 from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
@@ -178,7 +180,8 @@ class Job:
             _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
         done = [self.done[unit.id] for unit in units]
         has_card = planned.spec.output.card
-        completed = complete(planned.plan, planned.target, journal, done, card=has_card)
+        join_by = None if cluster.is_local else partial(join_on, cluster, planned.plan.checkpoint.address)
+        completed = complete(planned.plan, planned.target, journal, done, card=has_card, join_by=join_by)
         quality = self._judge([file.xxh3 for file in completed.weights], cluster)
         report = make_report(
             planned.spec,

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from jobs.execution.choose import check_cluster, is_local
 from jobs.execution.cluster import LocalCluster
+from jobs.execution.joining import MOVES_AT_ONCE
 from jobs.orchestration.earlier import check_passed, lacks_judging, made_before
 from jobs.output.destination import check_free, check_ours, check_place
 from jobs.output.journal import Journal
@@ -50,9 +51,14 @@ class Planned:
 
     @property
     def doubled_bytes(self) -> int:
-        """The bytes that the disk holds twice while pieces of other processes are joined: those of one piece."""
+        """The bytes that the disk holds twice while pieces of other processes are joined: those of a few pieces."""
         is_in_place = is_local(self.spec.cluster) and self.journal.destination.is_local
-        return 0 if is_in_place else max((piece.size for piece in self.target.pieces), default=0)
+        return 0 if is_in_place else sum(sorted(piece.size for piece in self.target.pieces)[-MOVES_AT_ONCE:])
+
+    @property
+    def ends_on_the_cluster(self) -> bool:
+        """Whether machines of a cluster have work after the last unit: to join a file, or to evaluate the output."""
+        return self.judging is not None or bool(self.target.pieces)
 
     @cached_property
     def strategy(self) -> tuple[WeightLoader, str]:

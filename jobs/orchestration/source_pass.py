@@ -185,11 +185,11 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         if recorder is None:
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
-        judges = not cluster.is_local and any(job.planned.judging is not None for job in jobs)
+        is_needed = not cluster.is_local and any(job.planned.ends_on_the_cluster for job in jobs)
         with PeakMemory() as memory:
             bytes_read = _run_units(jobs, cluster, strategy)
             description = cluster.description
-        if recorder is None and not judges:
+        if recorder is None and not is_needed:
             clusters.close()
         done = Pass(
             started=started,

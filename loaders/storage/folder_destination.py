@@ -196,17 +196,22 @@ class FolderDestination:
 
 
 def _move_in(piece: Path, descriptor: int, start: int) -> None:
-    """Copy a piece into the open file at an offset, then remove it. At most one piece is on the disk twice."""
-    # An interrupted run may have moved it already: it is removed only after its bytes in the target are durable.
-    if not piece.exists():
+    """Copy a piece into the open file at an offset, then remove it. At most one piece is on the disk twice.
+
+    An interrupted run, or another process, may have moved it already: it is removed only after its bytes in the target
+    are durable.
+    """
+    try:
+        file = piece.open("rb", buffering=0)
+    except FileNotFoundError:
         return
     buffer = memoryview(bytearray(BLOCK))
-    with piece.open("rb", buffering=0) as file:
+    with file:
         while count := file.readinto(buffer):
             _put(descriptor, buffer[:count], start)
             start += count
     os.fsync(descriptor)
-    piece.unlink()
+    piece.unlink(missing_ok=True)
 
 
 def _put(descriptor: int, data: memoryview, start: int) -> None:
