@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from jobs.execution.joining import MOVES_AT_ONCE
 from jobs.execution.ray.cluster import MOST_THREADS
 from jobs.execution.ray.machines import BASE_BYTES
 from jobs.orchestration.preflight import Planned
@@ -105,7 +106,7 @@ def cluster_time(planned: Planned, cluster: PlannedCluster) -> ClusterTime:
         start_s=found.add("Ray is joined, workers start", START_S, "s", "assumed"),
         unit_s=found.add("a unit is sent, synced and recorded", UNIT_S, "s", "assumed"),
         driver_s=found.add("the driver, for each unit", DRIVER_S, "s", "assumed"),
-        end_s=found.add("the end: report, index, config", END_S, "s", "assumed") + _joining_s(planned, read, write),
+        end_s=found.add("the end: report, index, config", END_S, "s", "assumed") + _joining_s(planned, cluster.nodes, read, write),
     )
     limit = math.inf if cluster.read_limit is None else cluster.read_limit / cluster.nodes
     machines = Machines(
@@ -205,10 +206,11 @@ def _load(unit: Unit, seconds: dict[tuple[Scheme, str], float], moved: tuple[flo
     return Load(unit.source_bytes, encoding_s + unit.source_bytes * moved[0] + written * moved[1], written)
 
 
-def _joining_s(planned: Planned, read: float, write: float) -> float:
-    """Return the seconds in which one machine joins a file that units share: it reads all of it twice."""
+def _joining_s(planned: Planned, nodes: int, read: float, write: float) -> float:
+    """Return the seconds in which a file that units share is joined: machines copy its pieces, and one reads it."""
     size = sum(piece.size for piece in planned.target.pieces) / 1e9
-    moves = size / read + size / write if planned.journal.destination.is_local else 0.0
+    movers = min(nodes, MOVES_AT_ONCE)
+    moves = (size / read + size / write) / movers if planned.journal.destination.is_local else 0.0
     return moves + size / read
 
 
