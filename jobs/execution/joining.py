@@ -33,7 +33,6 @@ class JoinTask:
     """A `Task` that joins pieces into a file; with `is_move`, it only copies them to their places in the file."""
 
     gpus: ClassVar[int] = 0
-    scratch_bytes: ClassVar[int] = 0
     by_architecture: ClassVar[bool] = False
 
     name: str
@@ -57,6 +56,11 @@ class JoinTask:
     @property
     def memory_bytes(self) -> int:
         return 16 * BLOCK
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The whole file, on its way to the Hub, which takes no parts of one."""
+        return self.size if self.journal.output.scheme == "hf" and not self.is_move else 0
 
     @property
     def work_bytes(self) -> int:

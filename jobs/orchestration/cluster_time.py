@@ -106,7 +106,8 @@ def cluster_time(planned: Planned, cluster: PlannedCluster) -> ClusterTime:
         start_s=found.add("Ray is joined, workers start", START_S, "s", "assumed"),
         unit_s=found.add("a unit is sent, synced and recorded", UNIT_S, "s", "assumed"),
         driver_s=found.add("the driver, for each unit", DRIVER_S, "s", "assumed"),
-        end_s=found.add("the end: report, index, config", END_S, "s", "assumed") + _joining_s(planned, cluster.nodes, read, write),
+        end_s=found.add("the end: report, index, config", END_S, "s", "assumed")
+        + _joining_s(planned, cluster.nodes, read, write),
     )
     limit = math.inf if cluster.read_limit is None else cluster.read_limit / cluster.nodes
     machines = Machines(

@@ -52,7 +52,9 @@ def test_a_file_that_units_share_is_joined_at_the_end(weightmill: Any) -> None:
         return float(document["cluster"]["seconds_of"]["end"])
 
     assert end_s("nf4") == cluster_time.END_S
-    assert end_s("gguf_q8_0") > cluster_time.END_S + 3  # 2 MB at 1 MB/s: a half of it each is read and written by two, then one reads it
+    assert (
+        end_s("gguf_q8_0") > cluster_time.END_S + 3
+    )  # 2 MB at 1 MB/s: a half of it each is read and written by two, then one reads it
 
 
 def test_limits_of_the_settings_bind_here_too(weightmill: Any) -> None:
