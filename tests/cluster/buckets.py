@@ -1,4 +1,7 @@
-"""S3 for the hosts of a network, by moto, and what lies in it: python -m tests.cluster.buckets serve | fetch PREFIX FOLDER
+"""S3 for the hosts of a network, by moto, and what lies in it.
+
+    python -m tests.cluster.buckets serve
+    python -m tests.cluster.buckets fetch PREFIX FOLDER
 
 Both are run where the network's bridge is.
 """

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,7 @@ class Cluster:
         memory_mb: Mapping[int, int] | None = None,
         quotas: Mapping[int, float] | None = None,
         settings: Mapping[str, str] = HEALTH,
+        head_works: bool = True,
     ) -> None:
         """`quotas` are CPUs of hosts by number, `cpus` of all others; `settings` are Ray's, of the environment."""
         self.network = Network(folder)
@@ -76,6 +78,7 @@ class Cluster:
                 self.network.add(
                     number, memory_mb=(memory_mb or {}).get(number), cpus=(quotas or {}).get(number, cpus)
                 ).environment = dict(self._environment)
+            self._head_cpus = int(head_works)
             self._start(self.hosts[0])
             self.join(*self.hosts[1:])
         except BaseException:
@@ -97,7 +100,7 @@ class Cluster:
         return host
 
     def _start(self, host: Host) -> None:
-        host.run(*_ray(host), "--head", f"--port={PORT}", "--include-dashboard=false")
+        host.run(*_ray(host, self._head_cpus), "--head", f"--port={PORT}", "--include-dashboard=false")
 
     def join(self, *hosts: Host, environment: Mapping[str, str] | None = None) -> None:
         """Have hosts join, all at once."""
@@ -168,9 +171,9 @@ class Cluster:
         shutil.rmtree(self.network.folder, ignore_errors=True)
 
 
-def _ray(host: Host) -> list[str]:
+def _ray(host: Host, cpus: int = 1) -> list[str]:
     return [
-        "ray", "start", f"--node-ip-address={host.address}", "--num-cpus=1", "--disable-usage-stats",
+        "ray", "start", f"--node-ip-address={host.address}", f"--num-cpus={cpus}", "--disable-usage-stats",
         "--object-store-memory=100000000",
     ]  # fmt: skip
 
@@ -209,8 +212,8 @@ class Job:
     """A job on a host, whose records are watched. It joins the cluster unless its settings say otherwise."""
 
     def __init__(
-        self, cluster: Cluster, source: Path, out: Path, *settings: str, host: Host | None = None, to: str | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, cluster: Cluster, source: Path, out: Path, *settings: str, host: Host | None = None,
+        to: str | None = None, environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """`to` is the address of an output that does not lie in the folder `out`."""
         self.cluster, self.out = cluster, out
@@ -219,14 +222,16 @@ class Job:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.host = host or cluster.hosts[0]
         self.units: dict[str, tuple[float, str]] = {}  # when a unit was found finished, and by which host
-        self._said = (self.host.folder / f"said-{secrets.token_hex(4)}").open("w+")
+        self._said = self.host.folder / f"said-{secrets.token_hex(4)}"
         self._began = time.monotonic()
-        self._driver = self.host.start(
-            sys.executable, "-m", "jobs.run", f"model.path={source}", self._to, *settings,
-            *(() if "cluster=ray" in settings else ("cluster=ray", f"cluster.address={cluster.address}", "cluster.ship_code=false")),
-            *(() if any(s.startswith("tracking") for s in settings) else ("tracking=none",)),
-            environment=environment, stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        joins = ("cluster=ray", f"cluster.address={cluster.address}", "cluster.ship_code=false")
+        with self._said.open("w") as said:
+            self._driver = self.host.start(
+                sys.executable, "-m", "jobs.run", f"model.path={source}", self._to, *settings,
+                *(() if "cluster=ray" in settings else joins),
+                *(() if any(each.startswith("tracking") for each in settings) else ("tracking=none",)),
+                environment=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         self._stop = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -263,8 +268,7 @@ class Job:
 
     @property
     def said(self) -> str:
-        self._said.flush()
-        return Path(self._said.name).read_text()
+        return self._said.read_text()
 
     def end(self, for_s: float = 300) -> Ended:
         """Wait for the job's end, at most for a time, after which it is killed: status 124, as of `timeout`."""
@@ -280,7 +284,7 @@ class Job:
         nodes = [node for _, node in self.units.values()]
         return Ended(
             status=status, said=self.said, seconds=ended - self._began,
-            stall_s=max(later - earlier for earlier, later in zip(times, times[1:], strict=False)),
+            stall_s=max(later - earlier for earlier, later in pairwise(times)),
             left=tuple(path.name for path in hidden(self._folder)),
             hosts={node: nodes.count(node) for node in sorted(set(nodes))}, outputs=hashed(self._folder),
         )  # fmt: skip

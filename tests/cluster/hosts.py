@@ -99,7 +99,7 @@ class Process:
         with suppress(OSError):
             for each in Path(f"/proc/{self.number}/fd").iterdir():
                 with suppress(OSError):
-                    found.append(os.readlink(each))
+                    found.append(str(each.readlink()))
         return found
 
 
@@ -129,12 +129,12 @@ class Host:
         spaces = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
         with (self.folder / "init.log").open("w") as log:
             self._holder = subprocess.Popen(
-                [*DIES, *self.network.mounts, *spaces, "bash", "-c", INIT], env={**os.environ, **given}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
+                [*DIES, *self.network.mounts, *spaces, "bash", "-c", INIT], env={**os.environ, **given},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._wait_until_up()
         self._init = int(_children(self._holder.pid)[0])
-        self._space = os.readlink(f"/proc/{self._init}/ns/pid")
+        self._space = Path(f"/proc/{self._init}/ns/pid").readlink()
         switch = self.network.switch
         switch("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", str(self._init))
         switch("ip", "link", "set", self._cable, "master", "br0", "up")
@@ -174,9 +174,7 @@ class Host:
     def command(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs one in this host, in the current folder, as in a terminal: signals stop it."""
         given = {**self.environment, **(environment or {})}
-        enter = (
-            f"nsenter --target {self._init} --net --mount --uts --ipc --pid -- env --chdir={shlex.quote(os.getcwd())}"
-        )
+        enter = f"nsenter --target {self._init} --net --mount --uts --ipc --pid -- env"
         joins = "".join(f"echo $$ > {made}/cgroup.procs; " for made in self._cgroups)
         words = [
             "--unset=RAY_ADDRESS",
@@ -194,7 +192,8 @@ class Host:
     def run(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> str:
         """Run a command in this host and return what it printed; it must succeed."""
         ran = self.start(
-            *arguments, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            *arguments, environment=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
         said, _ = ran.communicate(timeout=120)
         assert ran.returncode == 0, f"{self.name}: {' '.join(map(str, arguments))}: {said}"
@@ -208,7 +207,7 @@ class Host:
             if not folder.name.isdigit() or int(folder.name) == self._init:
                 continue
             with suppress(OSError):
-                if os.readlink(folder / "ns/pid") == self._space and _command(folder) != WAITS:
+                if (folder / "ns/pid").readlink() == self._space and _command(folder) != WAITS:
                     found.append(Process(int(folder.name), _command(folder)))
         return found
 

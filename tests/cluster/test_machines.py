@@ -113,8 +113,8 @@ def test_a_host_is_drained(case: Case) -> None:
     job = case.job()
     job.wait_for_units(5)
     cluster.hosts[0].run(
-        "ray", "drain-node", f"--address={cluster.address}", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message=spot", "--deadline-remaining-seconds=8",
+        "ray", "drain-node", f"--address={cluster.address}", f"--node-id={node}",
+        "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=8",
     )  # fmt: skip
     cluster.hosts[2].is_disturbed = True
     case.is_done(job)

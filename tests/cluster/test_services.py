@@ -52,9 +52,9 @@ def test_the_tracking_server_goes(case: Case) -> None:
         for _ in range(2):  # the second time is harmless
             host.run(sys.executable, "-m", "jobs.track", case.out, f"tracking.uri=http://{address}")
         asks = (
-            "import json, sys, urllib.request as u; r = u.Request(sys.argv[1] + '/api/2.0/mlflow/runs/search',"
-            " json.dumps({'experiment_ids': [str(i) for i in range(9)]}).encode(), {'Content-Type': 'application/json'});"
-            " print(u.urlopen(r).read().decode())"
+            "import json, sys, urllib.request as u; asked = json.dumps({'experiment_ids': [str(i) for i in range(9)]});"
+            " to = sys.argv[1] + '/api/2.0/mlflow/runs/search';"
+            " print(u.urlopen(u.Request(to, asked.encode(), {'Content-Type': 'application/json'})).read().decode())"
         )
         found = json.loads(host.run(sys.executable, "-c", asks, f"http://{address}"))
         [run] = found["runs"]
