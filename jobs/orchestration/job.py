@@ -23,6 +23,7 @@ from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
+from jobs.output.life import Told
 from jobs.output.publish import complete, is_published, publish, put_card, put_page, written_headers
 from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
@@ -91,7 +92,8 @@ class Job:
             WeightmillError: another process runs this job, or its output or its run cannot be created.
         """
         journal, spec = self.planned.journal, self.planned.spec
-        request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
+        units = len(self.planned.plan.units)
+        request = {"key": journal.key, "output": str(journal.output), "units": units, "request": spec.resolved()}
         stack.enter_context(journal.hold(request, overwrite=spec.output.overwrite))
         self._is_held = True
         if open_store(journal.output).absence() is None and not spec.output.overwrite and not self.is_whole:
@@ -107,8 +109,20 @@ class Job:
         self.done = resume(self.planned)
         self.resumed = frozenset(self.done)
         if self.done:
-            units = len(self.planned.plan.units)
             note(f"{len(self.done)} of {units} units were done before; going on with the rest")
+
+    @property
+    def told(self) -> Told | None:
+        """What signs of life tell of the job; None if it is not this process's to do."""
+        if not self._is_held or self.outcome is not None:
+            return None
+        return Told(
+            journal=self.planned.journal,
+            units=len(self.planned.plan.units),
+            resumed=len(self.resumed),
+            done=lambda: len(self.done),
+            failure=lambda: str(self.outcome) if isinstance(self.outcome, WeightmillError) else "",
+        )
 
     def shares(self) -> list[tuple[int, Share]]:
         """Return the units that are left to do, each with the job's number."""

@@ -35,7 +35,7 @@ AREAS = ("files", "parts", "pieces", "records")
 # All that a journal has, see jobs/output/journal.py; `replaced` is an output that was to be exchanged. That of an
 # output on the Hub knows the files that left, see hub/finished.py, and the commit before.
 FOLDERS = {*AREAS, "replaced", "bytes", "finished"}
-FILES = {"lock", "job.json", "failed", "published.json", "parent.json"}
+FILES = {"lock", "job.json", "failed", "published.json", "life.json", "parent.json"}
 # Arguments of renameat2(2), which Python's os module does not offer: swap the two names in one step, and take relative
 # paths from the current folder.
 RENAME_EXCHANGE = 2
