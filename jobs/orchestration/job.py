@@ -36,7 +36,7 @@ from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import facts, open_job_run, track_job
-from jobs.tracking.pages import how_to_open, registered_lines
+from jobs.tracking.pages import registered_lines, run_lines
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import NoRun, Run
 from jobs.verification.logits import asked, judged, pass_gate
@@ -318,8 +318,7 @@ class Job:
         """Wait until everything is tracked, and set the outcome."""
         if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
-            address = None if untracked else self.run.address
-            self.outcome = _said(self.planned, self.report, address, self.run.registered, untracked)
+            self.outcome = _said(self.planned, self.report, self.run, untracked)
         elif self.outcome is not None:
             self._tidy()
 
@@ -383,18 +382,18 @@ def _wait(run: Run) -> str:
     return ""
 
 
-def _said(planned: Planned, report: Report, address: str | None, registered: str | None, untracked: str) -> Said:
-    output = planned.journal.output
+def _said(planned: Planned, report: Report, run: Run, untracked: str) -> Said:
+    output, address, registered = planned.journal.output, None if untracked else run.address, run.registered
 
     def document() -> dict[str, Any]:
         where = {"output": str(output), "tracked": address, "registered": registered}
         return {"status": "done", "already": False, **where, **report.to_json()}
 
     lines = [Text(f"output: {output}", style="bold green")]
-    lines += [*registered_lines(registered), *([Text(f"run: {address}")] if address else [])]
-    if address and not address.startswith("http"):
-        lines += [Text(f"its page: {how_to_open(address.partition(' run ')[0])}")]
-    lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
+    lines += [*registered_lines(registered), *run_lines(address, None if untracked else run.page)]
+    if untracked:
+        lines += [Text(f"the output is complete, but {untracked}", style="bold red")]
+        lines += [Text(f"to send it: {program()} track {shlex.quote(str(output))}")]
     warnings = [*planned.target.warnings, *(w for w in report.warnings if w.endswith(": let pass"))]
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))

@@ -270,6 +270,8 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
+    for job in alive:
+        job.run.watch(cluster.live.seen)
     counts = {job.run.count for job in alive}  # of a sweep's jobs all the same one
 
     def count(size: int) -> None:
