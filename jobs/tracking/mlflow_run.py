@@ -41,7 +41,9 @@ PARAMS_AT_ONCE = 100
 # 3.8 the experiment's tag decides.
 TRAINING = "workflowType=machine_learning"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+# A run may be of several sweeps: their names stand in the tag, the newest last, with commas between.
 KIND, SWEEP = "weightmill.kind", "weightmill.sweep"
+MOST_SWEEPS = 200  # that a tag names, of which MLflow takes 5000 characters
 # MLflow's pages hide tags that begin with "mlflow.": these are for programs.
 HOST, PID, HEARTBEAT, KEY = (f"mlflow.weightmill.{name}" for name in ("host", "pid", "heartbeat", "key"))
 # Letters that the name of a model may not have.
@@ -62,7 +64,8 @@ class Source:
 class Opening:
     """What a run is opened with: `key` finds it again, `began` is its start in seconds since 1970.
 
-    Of a job that has published its output (`is_published`) it is the newest run with the key, however it ended.
+    Of a job that has published its output (`is_published`) it is the newest run with the key, however it ended. Of one
+    that ended before, whose numbers are sent now, `ended` says when: it gives no signs of life.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Opening:
     began: float
     sources: Sequence[Source] = ()
     is_published: bool = False
+    ended: float | None = None
 
 
 class BackgroundRun:
@@ -85,6 +89,7 @@ class BackgroundRun:
         self._recorder = recorder
         self._is_alone = is_alone
         self.count = recorder.count
+        self.watch = recorder.watch
         self._errors: list[BaseException] = []
         self._last: Future[None] | None = None
 
@@ -117,6 +122,15 @@ class BackgroundRun:
     @property
     def run_id(self) -> str | None:
         return self._opened.result().run_id if self._opened.exception() is None else None
+
+    @property
+    def page(self) -> str | None:
+        return self._opened.result().page if self._opened.exception() is None else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was finished before it was opened, and stays as it is."""
+        return self._opened.exception() is None and self._opened.result().is_finished
 
     @property
     def registered(self) -> str | None:
@@ -174,7 +188,9 @@ class MlflowRun:
         self.is_finished = found is not None and found.info.status == "FINISHED"
         self.registered: str | None = None
         self.run_id = self._new(opening) if found is None else str(found.info.run_id)
+        self.page = page_of(experiment, self.run_id)
         self.address = run_page(uri, experiment, self.run_id)
+        self._ended = None if opening.ended is None else int(opening.ended * 1000)
         if self.is_finished:
             return
         if found is not None:
@@ -182,7 +198,8 @@ class MlflowRun:
         self._log_params(opening.params)
         for source in opening.sources:
             self._log_source(source)
-        recorder.live(self)
+        if opening.ended is None:
+            recorder.live(self)
 
     def _find(self, opening: Opening) -> Any | None:
         """Find a run of this job that did not end, since its process was killed; of a published job, any run."""
@@ -283,7 +300,7 @@ class MlflowRun:
 
     def close(self, status: str) -> None:
         self._recorder.ended(self)
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, status, end_time=self._ended)
 
 
 def registered(client: Any, model: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> str:
@@ -320,11 +337,31 @@ def found_by_key(client: Any, experiment: str, key: str, where: str = "") -> Any
     return found[0] if found else None
 
 
+def of_sweep(name: str) -> str:
+    """Return MLflow's filter for the runs of a sweep. It has no OR, and finds what has the name in it."""
+    return f"tags.`{SWEEP}` LIKE {quoted(f'%{name}%')}"
+
+
+def sweeps_in(tag: str) -> list[str]:
+    """Return the sweeps that a run's tag names, the newest last."""
+    return [each for each in tag.split(",") if each]
+
+
+def with_sweep(tag: str, sweep: str) -> str:
+    """Return a run's tag with another sweep, which comes last."""
+    return ",".join([*(each for each in sweeps_in(tag) if each != sweep), sweep][-MOST_SWEEPS:])
+
+
 def run_page(uri: str, experiment: str, run_id: str) -> str:
     """Return the page of a run, or for a database the store and the run's id."""
     shown = without_secrets(uri)
-    page = f"{shown.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}?{TRAINING}"
+    page = f"{shown.rstrip('/')}/{page_of(experiment, run_id)}"
     return page if uri.startswith("http") else f"{shown} run {run_id}"
+
+
+def page_of(experiment: str, run_id: str) -> str:
+    """Return the page of a run, as the address of a server goes on."""
+    return f"#/experiments/{experiment}/runs/{run_id}?{TRAINING}"
 
 
 def here() -> dict[str, str]:
@@ -353,6 +390,9 @@ def _client_class() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A job whose work is done waits for its numbers: by default two minutes for a server that is gone. They can be sent
+    # later (`weightmill track`).
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # Standard output is for the job's result.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking import MlflowClient

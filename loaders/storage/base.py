@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -283,13 +283,17 @@ class Destination(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned:
-    """The journal of an interrupted job: its address, size and age."""
+    """The journal of an interrupted job: its address, size and age.
+
+    `ages_s` are the seconds since each of its small files changed, by the store's own time as far as that can be told.
+    """
 
     address: Address
     size: int  # bytes
     units_done: int
     age_s: float  # seconds since the newest file in it changed
     is_held: bool  # whether a process holds its lock, so the job is running
+    ages_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class PinnedFiles:

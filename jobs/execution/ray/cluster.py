@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed
+from jobs.execution.live import Live
 from jobs.execution.ray.flights import Flights, memory_bytes
 from jobs.execution.ray.nodes import left_out, live_nodes, slots
 from jobs.execution.ray.own import OwnRay
@@ -30,6 +31,7 @@ class RayCluster:
     is_local = False
 
     def __init__(self, spec: ClusterSpec, address: str | None) -> None:
+        self.live = Live()
         self._spec = spec
         self._address = address
         self._at_once = 1

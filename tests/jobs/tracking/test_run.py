@@ -154,7 +154,7 @@ def test_pages_of_mlflow_are_addressed_as_one_pastes_them(monkeypatch: pytest.Mo
     monkeypatch.setattr(pages, "SERVED_BY", ("sys", "no_such_module"))
     bare = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
     assert bare == own.replace("mlflow ui", "pip install 'weightmill[ui]', then mlflow ui")
-    assert here == f"{own}\n  the sweep is tags.`weightmill.sweep` = 'sweep-1'"
+    assert here == f"{own}\n  the sweep is tags.`weightmill.sweep` LIKE '%sweep-1%'"
 
 
 @pytest.mark.quick
