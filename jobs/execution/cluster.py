@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from jobs.execution.live import Live
 from jobs.planning.plan import Unit
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import shared_crew
 from loaders.errors import TransientIOError, WeightmillError

@@ -39,7 +39,8 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.report.page import make_page
 from jobs.report.result import quality_text
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.spec.verify import JudgedSpec, VerifySpec
 from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of

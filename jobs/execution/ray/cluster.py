@@ -17,7 +17,7 @@ from jobs.execution.ray.nodes import left_out, live_nodes, slots
 from jobs.execution.ray.own import OwnRay
 from jobs.execution.ray.start import connect
 from jobs.execution.ray.watch import Watch
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec
 from loaders.words import counted

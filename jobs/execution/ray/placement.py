@@ -9,7 +9,7 @@ from typing import Any
 from jobs.execution.cluster import Task
 from jobs.execution.ray.flights import memory_bytes
 from jobs.execution.ray.nodes import left_out, live_nodes, slots
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 
 
 @dataclass(frozen=True)
