@@ -31,6 +31,7 @@ HEALTH = {
     "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "3",
 }  # fmt: skip
+PATIENT = {"RAY_raylet_start_wait_time_s": "120"}  # when Ray starts, on a busy machine
 # Where hosts look for S3, if a test has a server there.
 BUCKETS = {
     "AWS_ENDPOINT_URL": f"http://{SERVER}:5000", "AWS_ACCESS_KEY_ID": "key-of-tests", "AWS_REGION": "us-east-1",
@@ -71,7 +72,8 @@ class Cluster:
         self.network = Network(folder)
         self._environment = {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(ROOT),
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **settings, **BUCKETS,
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **PATIENT, **BUCKETS,
+            **settings,
         }  # fmt: skip
         try:
             for number in range(1, hosts + 1):
@@ -102,11 +104,11 @@ class Cluster:
     def _start(self, host: Host) -> None:
         host.run(*_ray(host, self._head_cpus), "--head", f"--port={PORT}", "--include-dashboard=false")
 
-    def join(self, *hosts: Host, environment: Mapping[str, str] | None = None) -> None:
+    def join(self, *hosts: Host, cpus: int = 1, environment: Mapping[str, str] | None = None) -> None:
         """Have hosts join, all at once."""
         starting = [
             host.start(
-                *_ray(host), f"--address={self.address}", environment=environment, stdin=subprocess.DEVNULL,
+                *_ray(host, cpus), f"--address={self.address}", environment=environment, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
             for host in hosts
@@ -171,7 +173,7 @@ class Cluster:
         shutil.rmtree(self.network.folder, ignore_errors=True)
 
 
-def _ray(host: Host, cpus: int = 1) -> list[str]:
+def _ray(host: Host, cpus: int) -> list[str]:
     return [
         "ray", "start", f"--node-ip-address={host.address}", f"--num-cpus={cpus}", "--disable-usage-stats",
         "--object-store-memory=100000000",

@@ -215,9 +215,11 @@ class Host:
 
     def off(self) -> None:
         """Pull the power: nobody is told, as no packet leaves a host without power."""
+        if not self.is_on:
+            return
         self.unplug()
-        self._holder.kill()
-        self._holder.wait()
+        self._end()
+        self.network.switch("ip", "link", "delete", self._cable)
 
     def freeze(self) -> None:
         """Stop all processes of the host; its network answers."""
@@ -258,10 +260,15 @@ class Host:
     def _net(self, *arguments: str) -> None:
         _run("nsenter", "--target", str(self._init), "--net", *arguments)
 
-    def close(self) -> None:
-        if self.is_on:
-            self._holder.kill()
+    def _end(self) -> None:
+        self._holder.kill()
         self._holder.wait()
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{self._init}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._end()
         for made in self._cgroups:
             deadline = time.monotonic() + 5
             while made.exists() and time.monotonic() < deadline:

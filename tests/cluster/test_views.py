@@ -43,11 +43,12 @@ def test_a_host_without_the_source(case: Case) -> None:
 
 
 def test_no_host_sees_the_source(case: Case) -> None:
-    """no host sees the source, but the one where the driver runs, which is none of Ray's"""
-    for host in case.cluster.hosts:
-        host.hide(case.model)
+    """no host sees the source, but the driver's, which has no CPUs for units"""
     outside = case.cluster.add(9)
     try:
+        case.cluster.join(outside, cpus=0)
+        for host in case.cluster.hosts[:3]:
+            host.hide(case.model)
         case.has_failed(case.job(host=outside), 1, "failed: cluster: no machine", remark="refused in a line", for_s=60)
     finally:
         case.cluster.remove(outside)
