@@ -60,3 +60,7 @@ class Placement:
         """Take a new list of the cluster's nodes (`ray.nodes()`): dead ones go, new ones are looked at and come."""
         alive = {n["NodeID"] for n in nodes if n["Alive"]}
         self._nodes = {name: node for name, node in self._nodes.items() if name in alive}
+
+    def doubt(self, node: str) -> bool:
+        """Look again at a machine on which a unit failed; returns whether it is left out from now on."""
+        return False
