@@ -194,7 +194,9 @@ class MlflowRun:
         if self.is_finished:
             return
         if found is not None:
-            self._resume(opening.tags)
+            known = found.data.tags.get(SWEEP, "")
+            of = {SWEEP: with_sweep(known, opening.tags[SWEEP])} if SWEEP in opening.tags else {}
+            self._resume({**opening.tags, **of})
         self._log_params(opening.params)
         for source in opening.sources:
             self._log_source(source)
