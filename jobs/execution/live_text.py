@@ -11,7 +11,6 @@ from loaders.words import counted, in_a_line, size
 MOST_LINES = 8  # machines with a line of their own; the others share one
 MOST_NAMED = 3  # machines that a line names
 OLD_S = 30.0  # seconds from which on the oldest unit is worth a word
-SLOW = 3  # or so many times the mean time of a unit, if that is longer
 
 
 class WatchedLive:
@@ -66,9 +65,7 @@ def _remarks(seen: Seen) -> list[str]:
     found += [f"{counted(len(seen.failed), 'unit')} failed"] if seen.failed else []
     if seen.flying:
         oldest = seen.flying[0]
-        # Of units that fly beside each other, each takes a share of the time of all.
-        usual = seen.seconds * len(seen.flying) / seen.done if seen.done else 0.0
-        if oldest.seconds > max(OLD_S, SLOW * usual):
+        if oldest.seconds > OLD_S:
             still = f", no bytes for {oldest.still_s:.0f} s" if oldest.still_s > OLD_S else ""
             found.append(f"slowest: {oldest.unit} on {in_a_line(oldest.machine)}, {oldest.seconds:.0f} s{still}")
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from jobs.report.comparison import whole
 from jobs.report.tables import table
 from loaders.words import counted, in_a_line, size
 
@@ -37,7 +38,7 @@ def status_text(found: Mapping[str, Any]) -> RenderableType:
     if found["fault"]:
         lines.append(Text(f"  {in_a_line(found['fault'])}", style="red"))
     if state in ("stopped", "failed", "silent"):
-        lines += [Text(line) for line in _how_to_go_on(found)]
+        lines += _how_to_go_on(found)
     return Group(*lines)
 
 
@@ -105,17 +106,17 @@ def _flying(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return shown
 
 
-def _how_to_go_on(found: Mapping[str, Any]) -> Iterator[str]:
+def _how_to_go_on(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     units = found["units"]
     kept = "what is done is kept"
     if units is not None and units["total"] is not None:
         kept = f"{units['done']} of {units['total']} units are done and kept"
     first = "end its driver, and run" if found["state"] == "silent" else "run"
     if found["command"] is None:
-        yield f"{first} the same command again: {kept}"
+        yield Text(f"{first} the same command again: {kept}")
         return
-    yield f"{first} the same command again, or this one; {kept}:"
-    yield f"  {found['command']}"
+    yield Text(f"{first} the same command again, or this one; {kept}:")
+    yield whole(f"  {found['command']}")
 
 
 def list_text(root: str, rows: Sequence[Mapping[str, Any]], more: str) -> RenderableType:

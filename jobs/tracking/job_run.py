@@ -24,9 +24,10 @@ from jobs.report.pictures import pictures
 from jobs.report.plan import output_sizes
 from jobs.spec.job import JobSpec
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import KIND, SWEEP, BackgroundRun, Source
+from jobs.tracking.mlflow_run import KIND, BackgroundRun, Source
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import Run, open_run
+from jobs.tracking.sweep_tag import SWEEP
 from loaders.places import ROOT
 from loaders.presets.auto import AutoQuant
 from loaders.storage.address import Address

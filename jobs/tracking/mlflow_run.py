@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.output.former_root import STORE, tracking_root
 from jobs.spec.tracking import TrackingSpec
+from jobs.tracking.sweep_tag import SWEEP, quoted, with_sweep
 from loaders.errors import StorageError
 from loaders.storage.address import Address, without_secrets
 
@@ -41,9 +42,7 @@ PARAMS_AT_ONCE = 100
 # 3.8 the experiment's tag decides.
 TRAINING = "workflowType=machine_learning"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-# A run may be of several sweeps: their names stand in the tag, the newest last, with commas between.
-KIND, SWEEP = "weightmill.kind", "weightmill.sweep"
-MOST_SWEEPS = 200  # that a tag names, of which MLflow takes 5000 characters
+KIND = "weightmill.kind"
 # MLflow's pages hide tags that begin with "mlflow.": these are for programs.
 HOST, PID, HEARTBEAT, KEY = (f"mlflow.weightmill.{name}" for name in ("host", "pid", "heartbeat", "key"))
 # Letters that the name of a model may not have.
@@ -194,7 +193,9 @@ class MlflowRun:
         if self.is_finished:
             return
         if found is not None:
-            self._resume(opening.tags)
+            known = found.data.tags.get(SWEEP, "")
+            of = {SWEEP: with_sweep(known, opening.tags[SWEEP])} if SWEEP in opening.tags else {}
+            self._resume({**opening.tags, **of})
         self._log_params(opening.params)
         for source in opening.sources:
             self._log_source(source)
@@ -324,32 +325,11 @@ def registered(client: Any, model: str, address: str, run_id: str | None, tags: 
     return f"models:/{model}/{made.version}"
 
 
-def quoted(text: str) -> str:
-    """Quote a name for MLflow's filters, which have quotes of both kinds, and no way to write one inside of its own."""
-    mark = '"' if "'" in text else "'"
-    return f"{mark}{text}{mark}"
-
-
 def found_by_key(client: Any, experiment: str, key: str, where: str = "") -> Any | None:
     """Return the newest run with a job's key, among those that match the rest of MLflow's filter."""
     newest = ["attributes.start_time DESC"]
     found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'{where}", max_results=1, order_by=newest)
     return found[0] if found else None
-
-
-def of_sweep(name: str) -> str:
-    """Return MLflow's filter for the runs of a sweep. It has no OR, and finds what has the name in it."""
-    return f"tags.`{SWEEP}` LIKE {quoted(f'%{name}%')}"
-
-
-def sweeps_in(tag: str) -> list[str]:
-    """Return the sweeps that a run's tag names, the newest last."""
-    return [each for each in tag.split(",") if each]
-
-
-def with_sweep(tag: str, sweep: str) -> str:
-    """Return a run's tag with another sweep, which comes last."""
-    return ",".join([*(each for each in sweeps_in(tag) if each != sweep), sweep][-MOST_SWEEPS:])
 
 
 def run_page(uri: str, experiment: str, run_id: str) -> str:

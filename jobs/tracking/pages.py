@@ -18,7 +18,8 @@ from urllib.parse import quote
 from rich.text import Text
 
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import TRAINING, default_uri, of_sweep
+from jobs.tracking.mlflow_run import TRAINING, default_uri
+from jobs.tracking.sweep_tag import of_sweep
 from loaders.storage.address import without_secrets
 
 COMPARED = 20  # runs that MLflow's compare page shows side by side; more are listed

@@ -14,7 +14,6 @@ from typing import Any
 from jobs.output.life import Seen
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import (
-    SWEEP,
     MlflowRun,
     default_uri,
     experiment_of,
@@ -22,9 +21,9 @@ from jobs.tracking.mlflow_run import (
     mlflow_client,
     registered,
     system_monitor,
-    with_sweep,
 )
 from jobs.tracking.sqlite_store import whole_store
+from jobs.tracking.sweep_tag import SWEEP, with_sweep
 
 NOT_IN_KEYS = re.compile(r"[^\w.\- ]", re.ASCII)  # what the name of a metric may not have
 # Seconds between two points of progress, which is also when the machine is first looked at.

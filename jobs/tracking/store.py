@@ -15,9 +15,10 @@ from typing import Any
 
 from jobs.report.comparison import model_of
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri, of_sweep, sweeps_in
+from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, default_uri
 from jobs.tracking.reading import OpenedStore, check_installed, lacks_file
 from jobs.tracking.recorder import BEAT_S
+from jobs.tracking.sweep_tag import SWEEP, of_sweep, sweeps_in
 from loaders.errors import BadSpec
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed

@@ -23,8 +23,7 @@ from loaders.storage.address import Address
 BUFFER = 1 << 20
 LOOKS = 8  # files of a store that are looked at at once: nearly all of the time is latency
 Range = tuple[int, int]  # bytes [start, stop)
-# Bytes of the largest tensor that lint reads (a scale, a shape) while an output is not published.
-READ_BEFORE_PUBLISHING = 4096
+READ_BEFORE_PUBLISHING = 4096  # bytes of the largest tensor that lint reads (a scale, a shape) before that
 OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
 OUR_PAGE = "report.html"  # what it says, for a browser
 
@@ -283,17 +282,14 @@ class Destination(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned:
-    """The journal of an interrupted job: its address, size and age.
-
-    `ages_s` are the seconds since each of its small files changed, by the store's own time as far as that can be told.
-    """
+    """The journal of an interrupted job: its address, size and age."""
 
     address: Address
     size: int  # bytes
     units_done: int
     age_s: float  # seconds since the newest file in it changed
     is_held: bool  # whether a process holds its lock, so the job is running
-    ages_s: Mapping[str, float] = field(default_factory=dict)
+    ages_s: Mapping[str, float] = field(default_factory=dict)  # since each small file changed, by the store's time
 
 
 class PinnedFiles:
