@@ -3,7 +3,7 @@
     python -m tests.judge                         every layout of tests/headers, every quant below
     python -m tests.judge gpt2 qwen3-8b           these layouts
     python -m tests.judge quants=nf4,mlx_int4     these quants
-    python -m tests.judge --readme                and write README's table
+    python -m tests.judge --write                 and write the table in docs/tested.md
     python -m tests.judge --whole                 with all experts of large mixtures, of which else eight are judged
 
 A plan is judged by what `weightmill run` asks before it writes (loaders/lint/engines). No weight is read: a layout is a
@@ -165,7 +165,7 @@ def judge_all(
                 yield running[done], done.result()
 
 
-# --- README's table
+# --- the table in docs/tested.md
 
 
 def type_of(name: str) -> str:
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
     names = [each for each in arguments if not each.startswith("-") and "=" not in each] or sorted(entries())
     chosen = [each.removeprefix("quants=").split(",") for each in arguments if each.startswith("quants=")]
     quants = chosen[0] if chosen else QUANTS
-    is_readme = "--readme" in arguments
+    is_written = "--write" in arguments
     verdicts: Verdicts = {}
     for name, found in judge_all(names, quants, is_whole="--whole" in arguments):
         verdicts[name] = found
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
         counts = [found[quant].verdict for found in verdicts.values()]
         print(quant, {each: counts.count(each) for each in ("right", "wrong", "refused", "not judged")})
     print(f"types in GGUF {'were' if llama_dry_run.is_there() else 'were not'} judged by llama.cpp's dry run")
-    if is_readme:
+    if is_written:
         from tests.readme import write_table
 
         write_table("engines", table({name: verdicts[name] for name in sorted(verdicts)}))

@@ -1,4 +1,4 @@
-"""The tables in README.md of what is tested; `python -m tests.readme` writes them from the tests' declarations."""
+"""The tables in docs/tested.md of what is tested; `python -m tests.readme` writes them from the tests' declarations."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import re
 from loaders.places import ROOT
 
 README = ROOT / "README.md"
-PLACE = r"(?s)(<!-- {0}: python -m tests\.\w+(?: --readme)? -->\n\n)(.*?)(?=\n\n<!-- end {0} -->)"
+TESTED = ROOT / "docs" / "tested.md"
+PLACE = r"(?s)(<!-- {0}: python -m tests\.\w+(?: --write)? -->\n\n)(.*?)(?=\n\n<!-- end {0} -->)"
 
 
 def table_of(name: str) -> str:
     """Return the table between the markers of a name."""
-    found = re.search(PLACE.format(name), README.read_text())
-    assert found is not None, f"README.md: no table {name}"
+    found = re.search(PLACE.format(name), TESTED.read_text())
+    assert found is not None, f"docs/tested.md: no table {name}"
     return found[2]
 
 
 def write_table(name: str, table: str) -> None:
     """Write a table between its markers."""
-    README.write_text(re.sub(PLACE.format(name), lambda found: found[1] + table, README.read_text()))
+    TESTED.write_text(re.sub(PLACE.format(name), lambda found: found[1] + table, TESTED.read_text()))
 
 
 def main() -> None:

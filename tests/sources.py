@@ -1,4 +1,4 @@
-"""The same small Llama in every format that is read, and the presets to which each is quantized: README's second table.
+"""The same small Llama in every format that is read, and the presets that quantize it: docs/tested.md's second table.
 
 Each source is quantized by a preset of every engine, and the output must be that of the source's plain form; see
 tests/loaders/tensors/test_sources.py.
@@ -183,7 +183,7 @@ INT4 = {"bits": 4, "group_size": 32}
 AUTO_ROUND = {**INT4, "quant_method": "auto-round", "sym": False, "data_type": "int"}
 MODELOPT_MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": mixed_layers()}
 COMPRESSED = ("fp8_dynamic", "fp8_block", "w8a8", "w8a16", "w4a16", "w4a16_asym", "nvfp4a16", "mxfp4a16", "mxfp4")
-SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stands for, the first goes to every engine
+SOURCES: dict[str, dict[str, Build]] = {  # a row: the forms that it stands for, the first goes to every engine
     "safetensors": {"safetensors": base},
     "PyTorch `.bin`": {"pytorch": pytorch},
     "GGUF": {"gguf": ours("gguf_bf16"), "gguf q8_0": ours("gguf_q8_0"), "gguf q4_0": ours("gguf_q4_0")},
@@ -217,7 +217,7 @@ SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stan
 
 
 def table() -> str:
-    """Return the table as README.md shows it."""
+    """Return the table as docs/tested.md shows it."""
     lines = [f"| source | {' | '.join(TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
     for row in SOURCES:
         lines.append(f"| {row} | {' | '.join('same' for _ in TARGETS)} |")

@@ -1,7 +1,8 @@
-"""Tests that the Python of pages in docs/ runs."""
+"""Tests that the Python of pages in docs/ runs, and that links lead somewhere."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,25 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
     wanted = page.read_text().count("```python")
     assert wanted > 0
     assert run_blocks(page, tmp_path) == wanted
+
+
+@pytest.mark.quick
+def test_links_between_pages_lead_somewhere() -> None:
+    root = README.parent
+    pages = [*root.glob("*.md"), *(root / "docs").glob("*.md")]
+    anchors = {
+        page: {_anchor(line) for line in page.read_text().splitlines() if line.startswith("#")} for page in pages
+    }
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in link or link.startswith("mailto:"):
+                continue
+            name, _, anchor = link.partition("#")
+            there = (page.parent / name).resolve() if name else page
+            assert there.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors[there], f"{page.name}: {link}"
+
+
+def _anchor(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("#").strip().lower()).replace(" ", "-")

@@ -1,4 +1,4 @@
-"""README's table of model types by engines: it has every layout, and a few are judged again.
+"""docs/tested.md's table of model types by engines: it has every layout, and a few are judged again.
 
 The whole judge takes minutes (`python -m tests.judge`), and is no part of the suite.
 """

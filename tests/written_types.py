@@ -1,4 +1,4 @@
-"""The model types that are written for mlx-lm and llama.cpp, as README lists them, by what holds them."""
+"""The model types that are written for mlx-lm and llama.cpp, as docs/tested.md lists them, by what holds them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.tiny_configs import TINY
 
 
 def table() -> str:
-    """Return README's table: types that are held on a tiny model against the engine's own tool, and their relatives."""
+    """Return the table in docs/tested.md: types held on a tiny model against the engine's own tool, and relatives."""
     from tests import mlx_reference
 
     tiny = {**TINY, **mlx_reference.MORE}

@@ -35,6 +35,11 @@ def about(path: Path) -> str:
     return ""
 
 
+def choice_values(group: str, name: str) -> dict[str, Any]:
+    """Return the settings of a choice of a group in conf/."""
+    return values_of(CONF / group / f"{name}.yaml")
+
+
 def with_kind(group: str, kinds: Sequence[Any]) -> list[str]:
     """Return the choices of a group in conf/ whose settings are those of one of some kinds."""
     files = sorted((CONF / group).glob("*.yaml"))

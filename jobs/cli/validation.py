@@ -7,12 +7,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from jobs.cli.choices import with_kind
+from jobs.cli.choices import choice_values, with_kind
 from jobs.cli.instead import instead
 from jobs.cli.meant import OPTIONS, key_hint
 from loaders.errors import BadSpec
@@ -140,7 +141,7 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
     if not place:  # a fault of the whole model
         return str(faults[0]["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
-        return _unknown(spec, values, place, name)
+        return _unknown(spec, values, place, name, found)
     if kind == "missing":
         return f"{name}: missing"
     message = expectations(faults)
@@ -157,7 +158,7 @@ def _shown(found: Any) -> str:
     return str(found) if isinstance(found, float) and not math.isfinite(found) else json.dumps(found, default=str)
 
 
-def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], name: str) -> str:
+def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], name: str, found: Any) -> str:
     """Say that there is no such key: where it belongs, or what was meant."""
     leaf = str(place[-1])
     known = [key for key in _fields(spec, values, place[:-1]) if key != "kind"]
@@ -167,17 +168,29 @@ def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
     kinds = [kind for model in others for kind in kinds_of(model)]
     if kinds and len(place) == 2 and (belongs := with_kind(str(place[0]), kinds)):
         here = ", ".join(known) or "none"
+        if place[0] == "quant":  # of which many have a setting and no other value of it than their own
+            taken = [each for each in belongs if _takes(others, {**choice_values("quant", each), leaf: found})]
+            belongs = taken or belongs
         return f"{name}: unknown key; it belongs to {place[0]}={'|'.join(belongs)}; known: {here}"
     if len(place) > 1:
         why = WITHOUT.get(plain(leaf))
-        found = meant(leaf, known)
+        near = meant(leaf, known)
         # A whole setting can be pasted; within a list there is no such word.
-        whole = f"{name.removesuffix(leaf)}{found}" if all(isinstance(part, str) for part in place) else found
-        hint = f"; {why}" if why else f"; did you mean {whole!r}?" if found else ""
+        whole = f"{name.removesuffix(leaf)}{near}" if all(isinstance(part, str) for part in place) else near
+        hint = f"; {why}" if why else f"; did you mean {whole!r}?" if near else ""
     else:
         why = OPTIONS.get(plain(leaf)) or WITHOUT.get(plain(leaf))
         hint = f"; {why}" if why else key_hint(leaf, _taken(spec, values))
     return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+
+
+def _takes(models: Sequence[type[BaseModel]], values: dict[str, Any]) -> bool:
+    """Whether one of some models takes a choice's values."""
+    for model in models:
+        with suppress(ValidationError):
+            model.model_validate(values)
+            return True
+    return False
 
 
 def _taken(spec: type[BaseModel], values: dict[str, Any]) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,11 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         BadSpec, BadCheckpoint: one of them cannot be opened.
     """
     one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
-    ours = {r.name: r for r in tensors_of(one, decode=True, split=True).tensors}
-    theirs = {r.name: r for r in tensors_of(other, decode=True, split=True).tensors}
+    are_named = _as_stored if one.container == other.container == "gguf" else list
+    ours, theirs = (
+        {tensor.name: tensor for tensor in are_named(tensors_of(each, decode=True, split=True).tensors)}
+        for each in (one, other)
+    )
     common = sorted((name for name in ours if name in theirs), key=natural_key)
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -86,6 +90,17 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
     }
     return Said(document, _text(document, all_tensors=all_tensors), FAILED if differs else DONE)
+
+
+def _as_stored(tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
+    """Return a GGUF's tensors under the GGUF's own names, but for those that are parts of a stored tensor."""
+    parts = Counter(spec.name for tensor in tensors for _, spec in tensor.stored)
+    return [
+        replace(tensor, name=tensor.stored[0][1].name)
+        if len(tensor.stored) == 1 and parts[tensor.stored[0][1].name] == 1
+        else tensor
+        for tensor in tensors
+    ]
 
 
 def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A cell is "judged": the engine's own tool gives the same tensors byte for byte (
 loads ours with no missing key and computes the same logits. Or "run": it loads and runs ours, and there is no tool
 of its own to compare with. Or "bytes": the tensors are compared and no engine computes
 with them. Or "refused": the plan says why. `tests/parity/test_matrix.py` holds this table against the tests and against
-README.md.
+docs/tested.md.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ MATRIX: dict[str, Row] = {
 
 
 def table() -> str:
-    """As README.md shows it: an engine's presets with the same cells share a row, reasons stand below."""
+    """As docs/tested.md shows it: an engine's presets with the same cells share a row, reasons stand below."""
     rows: dict[tuple[str, ...], list[str]] = {}
     reasons = list(dict.fromkeys(cell.why for cells in MATRIX.values() for cell in cells if cell.why))
     for preset, cells in MATRIX.items():

@@ -25,6 +25,7 @@ from loaders.storage.user_cache import default_folder
 
 NAMED = "NUMBA_CACHE_DIR"
 NOWHERE = f"not kept, since no folder for them can be written ({NAMED} names one)"
+UNPACKED = "_ray_pkg_"  # begins the name of the folder into which Ray unpacks code, anew in each of its sessions
 # What reading an entry raises that was cut or changed, or was written by another version of what it is made of.
 DAMAGED = (
     OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError,
@@ -52,8 +53,31 @@ class _OwnLocator(UserWideCacheLocator):
         self._cache_path = os.fspath(_own_folder() / name)
 
 
+class _UnpackedLocator(UserWideCacheLocator):
+    """For code that was sent to a cluster: kernels that are kept beside it go with the cluster.
+
+    They lie in the named folder, or that of weightmill's caches, under their file's path within what was sent.
+    """
+
+    def __init__(self, py_func: Callable[..., Any], py_file: str) -> None:
+        super().__init__(py_func, py_file)  # type: ignore[no-untyped-call]
+        inner = Path(*Path(py_file).parts[_unpacked_at(py_file) :])
+        base = Path(os.environ[NAMED]) if os.environ.get(NAMED) else _own_folder()
+        self._cache_path = os.fspath(base / "sent" / inner.parent)
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _UnpackedLocator | None:
+        return super().from_function(py_func, py_file) if _unpacked_at(py_file) else None  # type: ignore[no-untyped-call]
+
+
+def _unpacked_at(py_file: str) -> int:
+    """Return where in a file's path begins what Ray has unpacked; 0 if it has not."""
+    parts = Path(py_file).parts
+    return next((index + 1 for index, part in enumerate(parts) if part.startswith(UNPACKED)), 0)
+
+
 class _Places(CompileResultCacheImpl):
-    _locator_classes = [UserProvidedCacheLocator, InTreeCacheLocator, _OwnLocator]  # noqa: RUF012  # as numba has it
+    _locator_classes = [_UnpackedLocator, UserProvidedCacheLocator, InTreeCacheLocator, _OwnLocator]  # noqa: RUF012  # as numba has it
 
 
 class _KernelCache(FunctionCache):

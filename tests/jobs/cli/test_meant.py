@@ -94,6 +94,7 @@ def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
         ("quant.bits=4", "it belongs to quant=hqq2|hqq3|hqq4|hqq8|mlx_int4"),
         ("quant.blocksize=64", "did you mean 'quant.group_size'?"),
         ("quant.compress_statistics=true", "did you mean 'quant.double_quant'?"),
+        ("quant=int8 quant.group_size=64", "hqq8|mlx_int4|mlx_int8|mlx_mixed_4_6|nf4|w4a16|w4a16_asym|w8a16;"),
         ("strategy.memory_budget_mb=64", "it belongs to strategy=remote|streaming"),
         ("verify.tokens=64", "it belongs to verify=embeddings|logits"),
         ("output.pth=x", "did you mean 'output.path'?"),

@@ -113,6 +113,11 @@ def test_diff_and_a_job_agree_where_blocks_are_copied(tmp_path: Path, weightmill
     document = weightmill("diff", source, out, "format=json").document
     total = document["total"]
     assert total["relative_error"] == pytest.approx(ran.document["totals"]["relative_error"], rel=1e-3)
+    # Two GGUFs are compared by their own names, as the job has named its worst tensors; others by transformers'.
+    assert {row["name"] for row in document["tensors"]} <= {row["name"] for row in ran.document["tensors"]}
+    assert {row["name"].split(".")[0] for row in document["tensors"]} == {"blk"}
+    document = weightmill("diff", model, out, "format=json").document
+    assert {row["name"].split(".")[0] for row in document["tensors"]} == {"model", "lm_head"}
 
 
 def test_of_many_tensors_those_that_differ_most_are_shown(tmp_path: Path, weightmill: Any) -> None:

@@ -309,30 +309,48 @@ def test_casts_round_as_torch_does(source: str, target: str) -> None:
     assert np.array_equal(made, wanted.view(torch.uint16).numpy() if target == "BF16" else wanted.numpy())
 
 
+CASTING = """
+import numpy as np
+from loaders.quantization.kernels.casts import cast
+from loaders.quantization.kernels.compiling import compiling
+told = []
+with compiling(lambda: told.append(1)):
+    cast(np.ones(8, np.float32), "F32", "BF16")
+print(bool(told))
+"""
+
+
+def compiles(folder: Path, **variables: str) -> bool:
+    """Whether a process that begins in a folder with a copy of loaders/ compiles a kernel."""
+    environment = {**os.environ, **variables}
+    ran = subprocess.run(
+        [sys.executable, "-c", CASTING], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return ran.stdout == "True\n"
+
+
+def copy_loaders(folder: Path) -> Path:
+    shutil.copytree(ROOT / "loaders", folder / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "WEIGHTMILL_CACHE"])
+def test_code_that_was_sent_to_a_cluster_keeps_its_kernels_for_the_next_one(variable: str, tmp_path: Path) -> None:
+    """Ray unpacks it into another folder in each of its sessions."""
+    one, other = (copy_loaders(tmp_path / session / "_ray_pkg_0123abcd") for session in ("session_1", "session_2"))
+    kept = {"NUMBA_CACHE_DIR": "", "PYTHONPATH": "", variable: str(tmp_path / "cache")}
+    assert [compiles(one, **kept), compiles(other, **kept)] == [True, False]
+    assert list((tmp_path / "cache").rglob("sent/loaders/quantization/kernels/*.nbi"))
+
+
 def test_a_kernel_is_compiled_anew_after_a_change_to_what_it_uses(tmp_path: Path) -> None:
     """An upgrade changes files that kernels share, and leaves what numba had compiled before beside them."""
-    shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        "import numpy as np\n"
-        "from loaders.quantization.kernels.casts import cast\n"
-        "from loaders.quantization.kernels.compiling import compiling\n"
-        "told = []\n"
-        "with compiling(lambda: told.append(1)):\n"
-        "    cast(np.ones(8, np.float32), 'F32', 'BF16')\n"
-        "print(bool(told))\n"
-    )
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-
-    def compiles() -> bool:
-        ran = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        return ran.stdout == "True\n"
-
-    assert [compiles(), compiles()] == [True, False]
-    for kept in (tmp_path / "cache").rglob("*.nb[ic]"):  # damaged ones count as absent
-        kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
-    assert [compiles(), compiles()] == [True, False]
+    copy_loaders(tmp_path)
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert [compiles(tmp_path, **kept) for _ in range(2)] == [True, False]
+    for entry in (tmp_path / "cache").rglob("*.nb[ic]"):  # damaged ones count as absent
+        entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    assert [compiles(tmp_path, **kept) for _ in range(2)] == [True, False]
     with (tmp_path / "loaders/quantization/kernels/lanes.py").open("a") as lanes:
         lanes.write("# changed\n")
-    assert [compiles(), compiles()] == [True, False]
+    assert [compiles(tmp_path, **kept) for _ in range(2)] == [True, False]
