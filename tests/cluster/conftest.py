@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests marked `cluster` out, unless they are asked for by their mark or their place."""
-    asked = "cluster" in config.option.markexpr or any("tests/cluster" in argument for argument in config.args)
+    marks = config.option.markexpr
+    asked = "cluster" in marks or (not marks and any("tests/cluster" in argument for argument in config.args))
     if not asked:
         left_out = [item for item in items if item.get_closest_marker("cluster")]
         items[:] = [item for item in items if not item.get_closest_marker("cluster")]
