@@ -12,18 +12,19 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 
+from jobs.cli.verb import note
 from jobs.execution.cluster import ClusterLost, OnBytes, R_co, Report, Task, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.ray.dispatch import Dispatch
-from jobs.execution.ray.flights import Flights, memory_bytes
-from jobs.execution.ray.nodes import live_nodes
+from jobs.execution.ray.fitting import Scaling, await_machines, check_fits
+from jobs.execution.ray.flights import Flights
+from jobs.execution.ray.machines import live_machines
 from jobs.execution.ray.own import OwnRay
 from jobs.execution.ray.placement import Placement
 from jobs.execution.ray.start import connect
 from jobs.execution.ray.watch import Watch
 from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
-from loaders.errors import BadSpec
 from loaders.words import counted
 
 CLOSE_S = 30.0  # seconds that Ray gets to stop attempts, and again to disconnect
@@ -42,49 +43,39 @@ class RayCluster:
         self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
         self.live = Live()
         self._is_lost = False
+        self._scaling = Scaling(spec)
         self._own = None if address else OwnRay()
         try:
             self._ray = connect(spec, address, self._own)
         except BaseException:
             self._end()
             raise
+        try:
+            await_machines(self._ray, spec, self._scaling)
+        except BaseException:
+            self.close()
+            raise
         if address and not spec.threads:
-            most = max((node["Resources"].get("CPU", 0) for node in live_nodes(self._ray)), default=1)
+            most = max((machine.cpus for machine in live_machines(self._ray) if machine.fits(spec)), default=1)
             self.threads = max(1, min(int(most), MOST_THREADS))
 
     @property
     def description(self) -> str:
-        nodes = live_nodes(self._ray)
-        cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        return f"{self._where}: {counted(len(nodes), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
+        machines = [machine for machine in live_machines(self._ray) if machine.fits(self._spec)]
+        cpus = sum(machine.cpus for machine in machines)
+        return f"{self._where}: {counted(len(machines), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
 
     @property
     def _where(self) -> str:
         return f"the Ray cluster at {self._address}" if self._address else "Ray, started here"
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
-        nodes = live_nodes(self._ray)
-        gpus = max((task.gpus for task in tasks), default=0)
-        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= gpus]
-        if not nodes:
-            raise BadSpec(
-                "cluster: a unit on backend=cuda needs a GPU, and no machine offers one to Ray; use backend=cpu"
-            )
-        need = max((memory_bytes(task) for task in tasks), default=0)
-        fits = [
-            node
-            for node in nodes
-            if node["Resources"].get("CPU", 0) >= self.threads and node["Resources"].get("memory", 0) >= need
-        ]
-        if not fits:
-            largest = max(nodes, key=lambda node: node["Resources"].get("CPU", 0))["Resources"]
-            raise BadSpec(
-                f"cluster: a unit needs {self.threads} CPUs and {need / 1e9:.2f} GB of memory; the largest machine"
-                f" offers {largest.get('CPU', 0):.0f} and {largest.get('memory', 0) / 1e9:.2f} GB; lower threads"
-            )
+        check_fits(self._ray, self._spec, self.threads, tasks, self._scaling)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None)
+        for line in placement.lines:
+            note(line)
         flights, watch = Flights(self._ray), Watch(self._ray, self._where)
         dispatch = Dispatch(
             flights, placement, watch, self.live, threads=self.threads,
@@ -98,9 +89,11 @@ class RayCluster:
         finally:
             watch.close()
             within(CLOSE_S, flights.close)
+            placement.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
+        self._scaling.close()
         within(LOST_S if self._is_lost else CLOSE_S, self._ray.shutdown)
         self._end()
 

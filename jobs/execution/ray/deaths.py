@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.execution.cluster import Task
-from jobs.execution.ray.flights import Flight, memory_bytes, said_by_ray
+from jobs.execution.ray.flights import Flight, said_by_ray
+from jobs.execution.ray.machines import memory_bytes
 
 # memory: killed for it, or on a machine that was short of it. crash: another death of the worker. gone: the machine is
 # gone. stuck: no progress. away: the unit did not begin, which says nothing of it. fault: it will not be better.

@@ -15,7 +15,9 @@ from jobs.cli.verb import note
 from jobs.execution.cluster import ClusterLost, OnBytes, Task, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.ray.deaths import Cause, Effort, cause_of, gone
-from jobs.execution.ray.flights import STOP_S, WORKERS, Flight, Flights, memory_bytes
+from jobs.execution.ray.doubts import Doubts
+from jobs.execution.ray.flights import STOP_S, WORKERS, Flight, Flights
+from jobs.execution.ray.machines import memory_bytes
 from jobs.execution.ray.pace import Pace
 from jobs.execution.ray.placement import Placement, Spot
 from jobs.execution.ray.watch import Watch
@@ -28,6 +30,7 @@ MOST_UNITS, MOST_BYTES = 16, 64 << 20
 SHARES = 2  # a machine's room gets at least so many Ray tasks of what is left, so that all end at about the same time
 # Seconds after which a unit that waits for another attempt takes a machine that it would rather not.
 RESCUE_S = 10.0
+QUEUED_S = 5.0  # seconds that a flight waits for CPUs before it moves to another machine
 ALONE_S = 60.0  # seconds without any machine after which the job ends
 
 
@@ -66,6 +69,7 @@ class Dispatch:
         self._room = 1  # Ray tasks at once, about
         self._nodes: Sequence[Any] = ()
         self._said: set[tuple[str, str]] = set()
+        self._doubts = Doubts(placement)
 
     def run(self, tasks: Sequence[Task[Any]], on_bytes: OnBytes) -> Generator[Any]:
         """Yield outcomes.
@@ -222,7 +226,7 @@ class Dispatch:
             if flight.cancelled_s is not None or not is_asked:
                 return  # it was stopped
             effort.failure = outcome.reason
-            if effort.flights or self._doubted(flight, effort):
+            if effort.flights or self._doubts.raised(effort, flight.spot, outcome):
                 self._left(flight, outcome.unit)
                 return  # it may succeed elsewhere
             self._live.ended(outcome.unit, flight.spot.name, "failed", outcome.reason)
@@ -251,13 +255,18 @@ class Dispatch:
             self._live.ended(unit, flight.spot.name, "again")
             flight.progress.done_bytes = 0
 
-    def _doubted(self, flight: Flight, effort: Effort) -> bool:
-        """Whether a unit that failed is tried elsewhere, since its machine is found to be unable to work."""
-        if not self._placement.doubt(flight.spot.node):
-            return False
-        effort.failed_on.add(flight.spot.node)
-        self._queue(effort)
-        return True
+    def _resolve(self) -> Iterator[Any]:
+        """Try units elsewhere that failed on machines that cannot work; yield those that failed on others."""
+        for effort, spot, outcome, is_out in self._doubts.resolved():
+            if outcome.unit not in self._efforts:
+                continue
+            if is_out:
+                effort.failed_on.add(spot.node)
+                self._queue(effort)
+            else:
+                self._live.ended(outcome.unit, spot.name, "failed", outcome.reason)
+                self._settle(effort)
+                yield outcome
 
     # --- deaths
 
@@ -308,13 +317,30 @@ class Dispatch:
                 self._press(flight, now)
             elif node in self._watch.leaving:
                 self._move(flight, f"{flight.spot.name} will leave the cluster: its units move")
+            elif self._is_queued(flight, now):
+                # Nothing is lost: it has not begun.
+                self._flights.cancel(flight)
+                yield from self._ended(flight, Cause("away", "other jobs use its machine"))
             elif self._pace.is_stuck(flight.progress, now):
                 yield from self._stuck(flight, now)
         for node in self._watch.dead:
             self._flights.forget(node)
             self._pings.pop(node, None)
+        yield from self._resolve()
         if not self._waiting and not self._again:
             self._overtake(now)
+        elif not len(self._flights) and (why := self._placement.hopeless()) is not None:
+            raise ClusterLost(f"cluster: {why}")
+
+    def _is_queued(self, flight: Flight, now: float) -> bool:
+        """Whether a flight waits for CPUs of its machine that other jobs use, while another machine is idle."""
+        if flight.pid is not None or now - flight.progress.since_s < QUEUED_S:
+            return False
+        node, task = flight.spot.node, next(iter(flight.left.values()), None)
+        flying, without = self._flights.by_node, self._avoided | {node}
+        if task is None or not self._placement.is_crowded(node):
+            return False
+        return self._placement.place(task, flying, without=without, only_free=True) is not None
 
     def _refresh(self, now: float) -> None:
         """Take the latest list of machines.
@@ -324,7 +350,7 @@ class Dispatch:
         """
         if self._watch.nodes is not self._nodes:
             self._nodes = self._watch.nodes
-            self._placement.refresh(self._nodes)
+            self._placement.refresh(self._nodes, len(self._waiting) + len(self._efforts))
             cpus = [node["Resources"].get("CPU", 0) for node in self._nodes if node["Alive"]]
             self._room = max(1, sum(int(count // self._threads) for count in cpus))
             if any(cpus):

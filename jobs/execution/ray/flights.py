@@ -17,18 +17,12 @@ from loaders.storage.settings import current
 if TYPE_CHECKING:
     from jobs.execution.ray.placement import Spot
 
-BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before it has any weights
 WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
 STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
 GET_S = 1.0  # seconds to wait for a message that is announced; its machine may be gone by now
 # With many streams, messages are taken in rounds, so that the cost of looking at all streams is shared by many of them.
 PAUSE_S = 2e-5  # seconds between two rounds, for each stream
 MESSAGES_A_SECOND = 400  # in all; with more attempts in flight, each tells its progress less often
-
-
-def memory_bytes(task: Task[Any]) -> int:
-    """Return the memory that a task requests: of a worker with its libraries, and what the unit holds."""
-    return BASE_BYTES + task.memory_bytes
 
 
 class Flight:
@@ -84,7 +78,8 @@ class Flights:
         """Submit attempts on a machine. Ray repeats nothing by itself: who launches again knows where, and why."""
         remote = self._remote.options(name=tasks[0].unit.id, num_returns="streaming", max_retries=0, **spot.options)
         every_s = max(PROGRESS_S, len(self) / MESSAGES_A_SECOND)
-        flight = Flight(tasks, spot, remote.remote(list(tasks), current(), every_s))
+        sent = remote.remote([spot.task(task) for task in tasks], spot.settings, every_s)
+        flight = Flight(tasks, spot, sent)
         self._by_stream[flight.stream] = flight
         self.by_node[spot.node] += 1
         return flight
