@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from jobs.execution.live import Live
+from jobs.output.journal import Journal
 from jobs.planning.plan import Unit
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import shared_crew
-from loaders.errors import TransientIOError, WeightmillError
+from loaders.errors import StorageError, TransientIOError, WeightmillError
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.words import counted
@@ -52,10 +53,36 @@ class Task(Protocol[R_co]):
     def memory_bytes(self) -> int: ...
 
     @property
+    def work_bytes(self) -> int:
+        """The bytes that `on_bytes` is told in all; of what is shared with another tensor maybe more."""
+        ...
+
+    @property
     def gpus(self) -> int: ...
 
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def source(self) -> Address: ...
+
+    @property
+    def journals(self) -> Sequence[Journal]:
+        """The journals of the unpublished outputs that it writes to."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The bytes of its files on their way to a store, which lie in the machine's scratch folder."""
+        ...
+
+    @property
+    def by_architecture(self) -> bool:
+        """Whether CPUs of another architecture may find other bytes."""
+        ...
+
     def reach(self) -> None:
-        """Check that this process reads what the task reads, and writes where it writes.
+        """Check that this process reads what the task reads.
 
         Raises:
             WeightmillError: it does not.
@@ -69,6 +96,10 @@ def reach_source(source: Address, unit: Unit) -> None:
     """Read a byte of a unit's source, in the version that it was planned for. Errors as `Store.read`."""
     for entry in unit.sources[:1]:
         open_store(source).read(entry, 0, min(1, entry.size))
+
+
+class ClusterLost(StorageError):
+    """The cluster is gone, or has no machine left. What is done is kept, for the same command on another one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from jobs.orchestration.preflight import Planned, plan_job
 from jobs.output.life import SignsOfLife
 from jobs.report import plan
 from jobs.report.document import versions
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of
