@@ -46,7 +46,7 @@ def _driver(found: Mapping[str, Any]) -> Iterator[str]:
     driver = found["driver"]
     if driver is None:
         if found["state"] == "running":
-            yield "it looks at what was done before, and gives no signs of life yet"
+            yield "it gives no signs of life yet: it looks at what was done before, or starts workers"
         return
     ago = "" if driver["last_sign_age_s"] is None else f", last sign of life {ago_text(driver['last_sign_age_s'])} ago"
     yield f"driver: {in_a_line(driver['host'])} pid {driver['pid']}, since {driver['started']}{ago}"

@@ -23,7 +23,7 @@ from loaders.storage.address import Address
 BUFFER = 1 << 20
 LOOKS = 8  # files of a store that are looked at at once: nearly all of the time is latency
 Range = tuple[int, int]  # bytes [start, stop)
-READ_BEFORE_PUBLISHING = 4096  # bytes of the largest tensor that lint reads (a scale, a shape) before that
+READ_BEFORE_PUBLISHING = 4096  # bytes of the largest tensor (a scale, a shape) that lint reads till then
 OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
 OUR_PAGE = "report.html"  # what it says, for a browser
 

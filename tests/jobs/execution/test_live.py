@@ -11,7 +11,7 @@ from jobs.execution import live
 from jobs.execution.cluster import LocalCluster, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.live_text import MOST_LINES, WatchedLive
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.errors import BadCheckpoint, TransientIOError
 
 pytestmark = pytest.mark.quick
