@@ -1,6 +1,6 @@
 """What the cluster's tests share: the model, Ray on three hosts, and the judge of how a job ended.
 
-`python -m pytest -m cluster` runs them, `python -m tests.cluster.table` writes README's table from what they found.
+`python -m pytest -m cluster` runs them, `python -m tests.cluster.table` writes the table in docs/tested.md.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def rack(folder: Path, model: Model) -> Iterator[Rack]:
 
 
 class Case:
-    """One thing that happens to a job: starts jobs, judges how they ended, and keeps README's row about it."""
+    """One thing that happens to a job: starts jobs, judges how they ended, and keeps the table's row about it."""
 
     def __init__(self, name: str, rack: Rack, model: Model, folder: Path, record: Callable[[str, Any], None]) -> None:
         self.name, self.model, self.out = name, model.folder, folder / "out" / "out"
@@ -137,7 +137,7 @@ class Case:
         return "same" if ended.outputs == self._wanted else "others" if ended.outputs else "none"
 
     def row(self, ended: Ended, remark: str = "") -> None:
-        """Keep the row of README's table about this case."""
+        """Keep the table's row about this case."""
         added = f"{max(0.0, ended.seconds - self._rack.usual_s):.0f}" if ended.status == 0 else ""
         self._record(ROW, (self.name, str(ended.status), self.bytes_of(ended), added, remark))
 
