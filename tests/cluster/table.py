@@ -1,4 +1,4 @@
-"""The table in docs/tested.md of what happens to clusters; `python -m tests.cluster.table` runs the tests and writes it."""
+"""The table in docs/tested.md of what happens to clusters: `python -m tests.cluster.table` tries it and writes it."""
 
 from __future__ import annotations
 
