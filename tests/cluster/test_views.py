@@ -95,10 +95,12 @@ def test_the_output_becomes_read_only(case: Case) -> None:
 def test_the_disk_fills_up(case: Case) -> None:
     """the disk is full in the middle; then there is room"""
     network = case.cluster.network
-    network.resize_disk(120)
+    network.resize_disk(900)
     out = network.disk / "full" / "out"
     try:
         job = case.job(out=out)
+        job.wait_for_units(5)
+        network.resize_disk((shutil.disk_usage(network.seen(network.disk)).used >> 20) + 30)
         case.has_failed(job, 1, "failed:", "No space left", remark="the rerun goes on")
         network.resize_disk(900)
         again = case.job(out=out)
