@@ -187,6 +187,6 @@ def _said(jobs: dict[str, _Timed], total: int, driver: Driver, busy: Busy, quant
         "status": "done", "machine": here, "busy": taken, "bytes": total, "quant": quant,
         "seconds": {name: job.seconds for name, job in jobs.items()}, "start_s": start_s, "times_local": ratio,
         "units": driver.units, "driver_cpu_ms": driver.cpu_ms, "driver_wall_ms": driver.wall_ms,
-        "driver_anonymous_bytes": list(driver.memory),
+        "driver_memory_bytes": list(driver.memory),
     }  # fmt: skip
     return Said(document, text)
