@@ -78,10 +78,11 @@ class Need:
         found: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus, "memory": self.memory}
         return {**found, "resources": dict(spec.resources)} if spec.resources else found
 
-    def bundle(self, spec: ClusterSpec) -> dict[str, float]:
-        """Return it as Ray's autoscaler takes it."""
+    def bundle(self, spec: ClusterSpec, *, with_memory: bool = False) -> dict[str, float]:
+        """Return it as Ray's autoscaler takes it. Not every one knows the memory of machines that it could start."""
         gpus = {"GPU": self.gpus} if self.gpus else {}
-        return {"CPU": self.threads, **gpus, "memory": self.memory, **spec.resources}
+        memory = {"memory": self.memory} if with_memory else {}
+        return {"CPU": self.threads, **gpus, **memory, **spec.resources}
 
     def __str__(self) -> str:
         gpus = f", {counted(self.gpus, 'GPU')}" if self.gpus else ""

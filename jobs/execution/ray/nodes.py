@@ -17,6 +17,8 @@ from loaders.errors import StorageError
 from loaders.storage.settings import current
 
 ASK_S = 120.0  # seconds that a machine has to answer whether it can work, with the start of a worker
+# Errors of Ray that tell of a machine which died meanwhile: it has not answered, and is asked anew if it is there yet.
+GONE = ("TaskUnschedulableError", "NodeDiedError")
 CLOCK_S = 60.0  # a clock that differs by more is said: stores refuse requests that are minutes old
 
 
@@ -85,7 +87,8 @@ class Looks:
             try:
                 answer = self._ray.get(sent)
             except self._ray.exceptions.RayError as error:
-                yield Verdict(asked.machine, said_by_ray(error))
+                if type(error).__name__ not in GONE:
+                    yield Verdict(asked.machine, said_by_ray(error))
             else:
                 yield self._judged(asked, answer)
         late = time.monotonic() - ASK_S
