@@ -180,7 +180,7 @@ class Flights:
             for flight in left:
                 self.kill(flight)
             with contextlib.suppress(Exception):
-                self._ray.wait(self._asked, num_returns=len(self._asked), timeout=stop_s / 2)
+                self._ray.wait(self._asked, num_returns=len(self._asked), timeout=stop_s)
         self._by_stream.clear()
 
 

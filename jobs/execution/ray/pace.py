@@ -87,7 +87,8 @@ class Pace:
             return max(FIRST_S, 2 * self._slowest_first_s)
         if attempt.is_at_end:
             return max(END_S, attempt.moved_s - attempt.since_s)
-        return max(STUCK_S, TIMES * self._threads * RANGE_BYTES / (attempt.rate or RANGE_BYTES))
+        range_s = RANGE_BYTES / attempt.rate if attempt.rate else self.usual_s(RANGE_BYTES) or 1.0
+        return max(STUCK_S, TIMES * self._threads * range_s)
 
     def is_stuck(self, attempt: Progress, now: float) -> bool:
         return now - max(attempt.moved_s, attempt.since_s) > self.patience_s(attempt)

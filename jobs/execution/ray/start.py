@@ -27,8 +27,6 @@ def connect(spec: ClusterSpec, address: str | None, own: OwnRay | None) -> Any:
     # After a minute without the head, Ray ends this process at once, in the middle of whatever it does. `Watch` ends
     # the job before; then there is time to tidy up.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
-    # Ray's C++ writes to this process' standard error what it logs as an error, which are events that are dealt with.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Tasks that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is. This is Ray 2.60's default; older versions clear it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
