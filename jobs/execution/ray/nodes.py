@@ -47,6 +47,7 @@ class Looks:
         self._here = Facts()
         self._asked: dict[Any, _Asked] = {}
         self._journals = journals_of(tasks)
+        self._has_gpu_units = any(task.gpus for task in tasks)
         self._question = Question(
             task=tasks[0],
             files=files_of(tasks),
@@ -74,7 +75,8 @@ class Looks:
 
         settings = replace(current(), patience_s=min(current().patience_s, ASK_S / 4), read_limit=None)
         options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": On(machine.id, soft=False)}
-        sent = self._remote.options(**options).remote(self._question, settings)
+        question = replace(self._question, backend="cuda" if self._has_gpu_units and machine.gpus else "cpu")
+        sent = self._remote.options(**options).remote(question, settings)
         self._asked[sent] = _Asked(machine, time.time(), time.monotonic())
 
     def answered(self, timeout_s: float = 0) -> Iterator[Verdict]:
