@@ -29,7 +29,7 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.orchestration import already, engine_check, needs, preflight
+    from jobs.orchestration import already, engine_check, machines, needs, preflight
     from jobs.report import plan
     from jobs.report.cluster_time import cluster_document, cluster_text
     from jobs.report.result import findings_text
@@ -48,7 +48,9 @@ def act(spec: PlanSpec) -> Said:
         said = [mix, ""]
     planned = preflight.plan_job(job, again=not job.output.overwrite)
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
-    notes = [*already.notes_of(planned), *needs.notes_of(planned), *about]
+    # Machines that are there are asked, unless others are reckoned with.
+    there = machines.machines_of(planned) if spec.cluster.nodes is None else []
+    notes = [*already.notes_of(planned), *needs.notes_of(planned), *there, *about]
     reckoned = None
     if spec.cluster.nodes is not None:
         from jobs.orchestration.cluster_time import cluster_time

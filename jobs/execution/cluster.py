@@ -98,6 +98,9 @@ def reach_source(source: Address, unit: Unit) -> None:
         open_store(source).read(entry, 0, min(1, entry.size))
 
 
+GO_ON = "run the same command against a cluster"
+
+
 class ClusterLost(StorageError):
     """The cluster is gone, or has no machine left. What is done is kept, for the same command on another one."""
 

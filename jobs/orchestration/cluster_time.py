@@ -17,8 +17,7 @@ from typing import Literal
 import numpy as np
 
 from jobs.execution.joining import MOVES_AT_ONCE
-from jobs.execution.ray.cluster import MOST_THREADS
-from jobs.execution.ray.machines import BASE_BYTES
+from jobs.execution.ray.machines import BASE_BYTES, MOST_THREADS
 from jobs.orchestration.preflight import Planned
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.reckoning import Fixed, Load, Machines, Reckoned, reckon

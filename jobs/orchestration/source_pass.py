@@ -14,8 +14,8 @@ from typing import Any
 
 from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
-from jobs.execution.choose import choose
-from jobs.execution.cluster import Cluster, ClusterLost, LocalCluster, UnitFailed
+from jobs.execution.choose import choose, is_local
+from jobs.execution.cluster import GO_ON, Cluster, ClusterLost, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
@@ -146,7 +146,7 @@ class Clusters:
 
     def get(self, spec: ClusterSpec, backends: Collection[str]) -> Cluster:
         """Return the cluster of the settings, for jobs on some backends."""
-        if "cuda" in backends and spec.units_at_once is None:
+        if "cuda" in backends and spec.units_at_once is None and is_local(spec):
             spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of("cuda")))})
         if self._cluster is None or spec != self._spec:
             self.close()
@@ -259,8 +259,7 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
             raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
         if isinstance(error, ClusterLost):
             done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
-            how = f"run the same command against a cluster: {done} of {units} units are done"
-            raise ClusterLost(f"{error}; {how}") from error
+            raise ClusterLost(f"{error}; {GO_ON}: {done} of {units} units are done") from error
         raise
 
 

@@ -212,7 +212,7 @@ def listed(root: Address) -> Said:
         by_output.setdefault(state.output, state)  # the newest is first
     places = {str(root / name): root / name for name in names}
     places |= {output: Address.of(output) for output in by_output if output not in places}
-    if not by_output:
+    if root.scheme != "hf":
         places[str(root)] = root  # it may be an output itself
     with ThreadPoolExecutor(AT_ONCE) as pool:
         rows = list(pool.map(lambda place: _row(place, by_output.get(str(place))), places.values()))

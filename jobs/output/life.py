@@ -6,6 +6,7 @@ outside, by the store's own time, how old it is. Resuming never reads it: what i
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -25,6 +26,7 @@ from loaders.storage.hashes import opened, sealed
 
 # Seconds between two signs: in a folder, where one is a file, and in a store, where it is a request.
 LOCAL_S, REMOTE_S = 5.0, 30.0
+FIRST_S = 1.0  # after the first, which knows of no units yet
 SHARE = 20  # a sign may take a share of the time of one in so many
 # Seconds without a sign after which a driver is taken for frozen or gone: a disk or a store may be slow for a while.
 SILENT_S, MISSED = 60.0, 6
@@ -149,12 +151,12 @@ class SignsOfLife:
         self._thread = threading.Thread(target=self._give, name="signs-of-life", daemon=True)
 
     def _give(self) -> None:
-        while True:
+        for number in itertools.count():
             began = time.monotonic()
             for job in self._jobs:
                 self._put(job, "running")
             took = time.monotonic() - began
-            if self._stop.wait(max(self._every_s, SHARE * took)):
+            if self._stop.wait(max(self._every_s if number else FIRST_S, SHARE * took)):
                 return
 
     def _put(self, job: Told, state: State, why: str = "") -> None:

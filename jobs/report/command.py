@@ -20,6 +20,7 @@ from jobs.cli.literals import literal
 from jobs.cli.program import NAME
 from jobs.cli.validation import path_keys
 from jobs.spec.job import JobSpec
+from jobs.spec.tracking import EXPERIMENT
 from loaders.backends.devices import OTHER_BYTES
 from loaders.places import CONF, DEMO
 from loaders.storage.address import Address
@@ -51,16 +52,20 @@ def command_of(request: Mapping[str, Any], source: str) -> str:
 def rerun_of(request: Mapping[str, Any], output: str) -> str:
     """Return the command that goes on with a job on this machine: as `command_of`, with paths, and where it goes.
 
-    `output` is the address of its output. Where runs are tracked follows from the environment, or has a password.
+    `output` is the address of its output. The address of a tracking server that had a password is left out.
     """
     defaults, model = _defaults(), request["model"]
     source = model["path"] or f"hf://{model['hub_id']}" + (f"@{model['revision']}" if model["revision"] else "")
     words = [*_model(model, source, real=True)]
-    for group in (*GROUPS, "strategy", "store", "cluster"):
+    for group in (*GROUPS, "strategy", "store", "cluster", "tracking"):
         left_out = OF_THE_PLACE if group == "output" else {"chosen"}
-        given = {key: value for key, value in request[group].items() if key not in left_out}
+        given = {key: value for key, value in request[group].items() if key not in left_out and "***" not in str(value)}
+        if given.get("experiment") == EXPERIMENT:  # which is the default
+            del given["experiment"]
         words += _group(group, given, defaults.get(group), real=True)
     words += [f"{key}={said(key, request[key])}" for key in (*KEYS, "lint") if request[key] != defaults[key]]
+    is_tracked = request["tracking"]["kind"] != "none"
+    words += [f"output.root={request['output']['root']}"] if is_tracked else []  # where mlflow.db is
     return shlex.join([NAME, "run", *words, f"output.path={output}"])
 
 

@@ -63,7 +63,7 @@ def _work(found: Mapping[str, Any]) -> Iterator[str]:
     rest += [counted(found["retries"], "retry", "retries")] if found["retries"] else []
     done = f"{units['done']}{total} done"
     yield f"units: {', '.join([done, *rest])}"
-    if moved is not None:
+    if moved is not None and moved["total"]:
         left = "" if found["seconds_left"] is None else f", about {ago_text(found['seconds_left'])} left"
         now = f", {size(moved['per_s'])}/s now" if found["state"] == "running" else ""
         mean = f", {size(moved['mean_per_s'])}/s on average" if moved["done"] else ""

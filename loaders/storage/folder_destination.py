@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.errors import BadSpec, io_errors
 from loaders.storage.address import Address
-from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, open_own, sync_folder, write_file
+from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, is_locked, open_own, sync_folder, write_file
 from loaders.storage.base import Abandoned, Entry, Range
 from loaders.storage.folder import Folder, tag_of
 from loaders.storage.hashes import BLOCK, hash_file
@@ -301,10 +301,9 @@ def _is_held(journal: Path) -> bool:
     if not os.path.lexists(journal / "lock"):
         return False
     try:
-        with exclusive(journal / "lock") as was_free:
-            return not was_free
+        return is_locked(journal / "lock")
     # If the lock cannot be opened, it is not known; "held" is the answer that deletes nothing.
-    except StorageError:
+    except OSError:
         return True
 
 

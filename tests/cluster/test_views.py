@@ -137,15 +137,11 @@ def _fake_version(host: Host, library: str, folder: Path) -> None:
             host.show(copy, path)
 
 
+# In the place of Python's own: workers say that they run in another version. Ray itself refuses hosts that are one.
 PYTHON = """
-import sys
+import platform, sys
 if any("default_worker" in word for word in sys.orig_argv):
-    sys.version_info = type("version_info", (tuple,), {"major": 3, "minor": 99, "micro": 0, "releaselevel": "final",
-                                                       "serial": 0})((3, 99, 0, "final", 0))
-    sys.version = "3.99.0 (faked)"
-    import platform
     platform.python_version = lambda: "3.99.0"
-    platform.python_version_tuple = lambda: ("3", "99", "0")
 """
 
 

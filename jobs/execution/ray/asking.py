@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.execution.cluster import Task
 from jobs.output.journal import Journal
+from loaders.backends import check_backend
 from loaders.errors import StorageError, WeightmillError
 from loaders.places import code_digest
 from loaders.storage import open_source
@@ -54,6 +55,7 @@ class Question:
     name: str  # of a file that the driver leaves in each journal, with `token` in it
     token: bytes
     scratch_bytes: int  # that a unit needs in the scratch folder
+    backend: str = "cpu"  # that the machine must have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ def fault_of(question: Question, wrote: str) -> str:
     """
     if fault := source_fault(open_source(question.task.source), question.files):
         return fault
+    check_backend(question.backend)
     question.task.reach()
     for journal in question.journals:
         if not journal.destination.is_there():

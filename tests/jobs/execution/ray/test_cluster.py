@@ -102,13 +102,13 @@ def _runs_a_unit(process: Path, mark: str) -> bool:
     return is_unit and f"{MARK}={mark}".encode() in (process / "environ").read_bytes()
 
 
-def kill_a_worker(mark: str, process: subprocess.Popen[str]) -> bool:
-    """SIGKILL the first process that is running a unit."""
+def to_a_worker(mark: str, process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Send a signal to the first process that is running a unit."""
     while process.poll() is None:
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and _runs_a_unit(folder, mark):
-                    os.kill(int(folder.name), signal.SIGKILL)
+                    os.kill(int(folder.name), number)
                     return True
             except OSError:
                 continue
@@ -121,11 +121,55 @@ def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None
     source = write_checkpoint(tmp_path / "source", shards=2)
     assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
     process = start_job(source, tmp_path / "there", "cluster=ray", "cluster.threads=1", mark="killed")
-    assert kill_a_worker("killed", process)
+    assert to_a_worker("killed", process, signal.SIGKILL)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, (out, err)
     found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
     assert found[0] == found[1]
+
+
+# Patience for units of milliseconds. Before the first bytes, it must last for the start of a worker.
+IMPATIENT = """
+import sys
+import jobs.execution.ray.pace as pace
+pace.STUCK_S, pace.FIRST_S = 3.0, 15.0
+from jobs.run import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_frozen_for_good_costs_one_unit(tmp_path: Path, weightmill: Any) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
+    process = start(
+        "-c", IMPATIENT, *arguments(source, tmp_path / "there"), "cluster=ray", "cluster.threads=1",
+        environment={MARK: "frozen"},
+    )  # fmt: skip
+    assert to_a_worker("frozen", process, signal.SIGSTOP)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "has made no progress for" in err
+    found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
+    assert found[0] == found[1]
+    assert wait_until_gone("frozen") == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_outlives_a_killed_driver(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    process = start(
+        "-m", "jobs.run", *arguments(source, tmp_path / "out"), "cluster=ray", "unit_mb=0.001",
+        environment={MARK: "outlived", "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert to_a_worker("outlived", process, signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    began = time.monotonic()
+    assert wait_until_gone("outlived") == []
+    assert time.monotonic() - began < 10
+    assert list(tmp_path.glob("ray-*")) == []
 
 
 # In the place of Python's own: a worker of Ray cuts the first shard as soon as it has mapped it.
