@@ -33,8 +33,8 @@ from loaders.storage.hashes import digest
 
 # What is assumed of a machine of which the settings do not say it: a network of 10 Gbit/s.
 GBPS = 1.0
-# Measured with Ray 2.60 on two CPUs: joining a cluster and asking its machines, the first worker's imports and kernels.
-START_S = 7.0
+# As measured with Ray 2.60: a cluster is joined and its machines are asked; a worker imports libraries and kernels.
+START_S, WORKER_CPU_S = 4.0, 1.5
 UNIT_S = 0.1  # the file and the record of a unit are synced, and Ray sends the next one
 DRIVER_S = 0.002  # what `weightmill bench cluster` holds the driver to
 END_S = 1.0  # index, config, report and page
@@ -102,7 +102,8 @@ def cluster_time(planned: Planned, cluster: PlannedCluster) -> ClusterTime:
     moved = (1 / again, 1 / written + 1 / again + 2 / hashed)
     loads = [_load(unit, seconds, moved) for unit in units]
     fixed = Fixed(
-        start_s=found.add("Ray is joined, workers start", START_S, "s", "assumed"),
+        start_s=found.add("Ray is joined", START_S, "s", "assumed")
+        + found.add("a worker starts, on one CPU", WORKER_CPU_S, "s", "assumed") / min(1.0, cpus),
         unit_s=found.add("a unit is sent, synced and recorded", UNIT_S, "s", "assumed"),
         driver_s=found.add("the driver, for each unit", DRIVER_S, "s", "assumed"),
         end_s=found.add("the end: report, index, config", END_S, "s", "assumed")
