@@ -1,4 +1,4 @@
-"""Benchmark kernels, loading, planning, jobs, sweeps, GPUs and quant=auto: weightmill bench."""
+"""Benchmark kernels, loading, planning, jobs, sweeps, Ray, GPUs and quant=auto: weightmill bench."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BenchModel(Spec):
     """The checkpoint that is read."""
 
     path: LocalPath | None = Field(
-        description="loaders, load, plan, sweep, stores, budget, gpu: the checkpoint's folder; null: one that is made"
+        description="loaders, load, plan, sweep, stores, budget, gpu, cluster: its folder; null: one that is made"
     )
 
 
@@ -32,13 +32,15 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """The settings of `bench`."""
 
-    what: Literal["kernels", "job", "loaders", "load", "layers", "plan", "sweep", "stores", "budget", "gpu"] = Field(
+    what: Literal[
+        "kernels", "job", "loaders", "load", "layers", "plan", "sweep", "stores", "budget", "gpu", "cluster"
+    ] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
         " load: weights into tensors and models; layers: small layers to ternary, beside published figures; plan:"
         " planning a large model, by phases; sweep: several schemes in one pass beside the same as single jobs; stores:"
         " a job whose source comes by HTTP, beside plain reads, and a plan of 640 GB;"
         " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
-        " the CPU, and what more cores give"
+        " the CPU, and what more cores give; cluster: what Ray costs a job, and its driver for each unit"
     )
     model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels, gpu: rows of the weight")
@@ -46,14 +48,16 @@ class BenchSpec(Spec):
     threads: int = Field(ge=1, description="kernels: threads of each case")
     repeats: int | None = Field(
         ge=1,
-        description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu, stores and"
-        " job 3, profile and cores 1",
+        description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu, stores,"
+        " cluster and job 3, profile and cores 1",
     )
     path: LocalPath | None = Field(description="job: the source's folder; null makes a random Llama")
     gb: float | None = Field(
-        gt=0, description="job, loaders, load, sweep, stores, gpu: gigabytes of the random Llama; null: 1, gpu 4"
+        gt=0,
+        description="job, loaders, load, sweep, stores, gpu, cluster: gigabytes of the random Llama; null: 1, gpu"
+        " and cluster 4",
     )
-    quant: str = Field(description="job, load, stores: the scheme")
+    quant: str = Field(description="job, load, stores, cluster: the scheme")
     quants: tuple[str, ...] | None = Field(
         description="sweep, plan, job: the schemes; null: sweep and plan take nf4, mlx_int4, w4a16 and fp8_dynamic,"
         " job takes quant"
@@ -72,6 +76,7 @@ class BenchSpec(Spec):
     tensors: int = Field(
         ge=1, description="plan: how many tensors the made checkpoint has, of which only headers exist"
     )
+    units: int = Field(ge=10, description="cluster: how many empty units the driver is timed with")
     stored: Literal["fp8", "bf16"] = Field(description="plan: their dtype; fp8 has scales beside the weights")
     rate: float | None = Field(
         gt=0,
@@ -104,8 +109,8 @@ class BenchSpec(Spec):
 def act(spec: BenchSpec) -> Said:
     """Run the benchmark that the request names."""
     is_gpu = spec.what == "gpu"
-    gb = spec.gb if spec.gb is not None else 4.0 if is_gpu else 1.0
-    laps = {"gpu": 3, "stores": 3, "job": 1 if spec.profile or spec.cores else 3}
+    gb = spec.gb if spec.gb is not None else 4.0 if is_gpu or spec.what == "cluster" else 1.0
+    laps = {"gpu": 3, "stores": 3, "cluster": 3, "job": 1 if spec.profile or spec.cores else 3}
     repeats = spec.repeats if spec.repeats is not None else laps.get(spec.what, 7)
     quants = spec.quants if spec.quants is not None else (spec.quant,) if spec.what == "job" else QUANTS
     if is_gpu:
@@ -136,6 +141,10 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.sweep import time_sweep
 
         return time_sweep(spec.model.path, gb, quants, spec.rate, spec.folder, repeats)
+    if spec.what == "cluster":
+        from jobs.benchmarks.cluster import time_cluster
+
+        return time_cluster(spec.model.path, gb, spec.quant, spec.units, spec.folder, repeats)
     if spec.what == "stores":
         from jobs.benchmarks.stores import time_stores
 
@@ -174,7 +183,7 @@ def act(spec: BenchSpec) -> Said:
 VERB = Verb(
     name="bench",
     is_said=False,
-    summary="Time kernels and loading beside installed libraries, planning, whole jobs, a sweep, a GPU, quant=auto.",
+    summary="Time kernels and loading beside installed libraries, planning, jobs, a sweep, Ray, a GPU, quant=auto.",
     spec=BenchSpec,
     act=act,
     examples=(
@@ -197,6 +206,7 @@ VERB = Verb(
         ),
         ("budget model.path=DIR text=FILE engine=gguf", "quant=auto by KL and perplexity, in a table and a plot"),
         ("gpu folder=/dev/shm", "this machine's GPU: bytes, speed, jobs, loading, models; exit status 1 without one"),
+        ("cluster gb=8", "a job on Ray beside the same in this process, and what its driver takes for each unit"),
         ("gpu parts=[cores] gb=8", "one job on 1, 2, 4, ... of this machine's cores"),
     ),
     positional=("what",),

@@ -10,12 +10,14 @@ from pydantic import Field
 
 from jobs.cli.verb import DONE, FAILED, Said, Verb
 from jobs.spec.job import JobSpec
+from jobs.spec.planned_cluster import PlannedCluster
 from jobs.tracking.sources import located
 
 
 class PlanSpec(JobSpec):
     """The settings of `plan`: those of a job, and how much of its plan to show."""
 
+    cluster: PlannedCluster
     tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one, and each file")
     check: Literal["none", "engine"] = Field(
         default="none",
@@ -27,8 +29,9 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.orchestration import already, engine_check, needs, preflight
+    from jobs.orchestration import already, engine_check, machines, needs, preflight
     from jobs.report import plan
+    from jobs.report.cluster_time import cluster_document, cluster_text
     from jobs.report.result import findings_text
     from loaders.presets.auto import AutoQuant
 
@@ -45,20 +48,30 @@ def act(spec: PlanSpec) -> Said:
         said = [mix, ""]
     planned = preflight.plan_job(job, again=not job.output.overwrite)
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
-    notes = [*already.notes_of(planned), *needs.notes_of(planned), *about]
+    # Machines that are there are asked, unless others are reckoned with.
+    there = machines.machines_of(planned) if spec.cluster.nodes is None else []
+    notes = [*already.notes_of(planned), *needs.notes_of(planned), *there, *about]
+    reckoned = None
+    if spec.cluster.nodes is not None:
+        from jobs.orchestration.cluster_time import cluster_time
+
+        reckoned = cluster_time(planned, spec.cluster)
     status = FAILED if answer.faults and spec.lint == "fail" else DONE
 
     def document() -> dict[str, Any]:  # of a large model as large as its plan
         made = plan.plan_document(job, planned.plan, planned.target, notes)
         made["already"] = planned.done is not None
         made["findings"] = [asdict(finding) for finding in answer.findings]
+        if reckoned is not None:
+            made["cluster"] = cluster_document(reckoned)
         return made
 
     if spec.format == "json":
         return Said(document, "", status)
     text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
     shown = [findings_text(answer.findings)] if answer.findings else []
-    return Said(document, Group(*said, text, *shown), status)
+    times = [] if reckoned is None else [cluster_text(reckoned)]
+    return Said(document, Group(*said, text, *shown, *times), status)
 
 
 VERB = Verb(
@@ -72,6 +85,10 @@ VERB = Verb(
         ("model.path=DIR quant=nf4 tensors=all", "and every tensor and file"),
         ("model.path=DIR quant=nf4 check=engine", "and ask the engine's own class whether it would load that"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),
+        (
+            "model.path=DIR quant=hqq4 cluster.nodes=64 'cluster.node={cpus: 32, read_gbps: 3, write_gbps: 1}'",
+            "how long 64 machines take, and what binds them",
+        ),
     ),
     positional=("model.path",),
     config="run",

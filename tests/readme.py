@@ -8,7 +8,7 @@ from loaders.places import ROOT
 
 README = ROOT / "README.md"
 TESTED = ROOT / "docs" / "tested.md"
-PLACE = r"(?s)(<!-- {0}: python -m tests\.\w+(?: --write)? -->\n\n)(.*?)(?=\n\n<!-- end {0} -->)"
+PLACE = r"(?s)(<!-- {0}: python -m tests\.[\w.]+(?: --write)? -->\n\n)(.*?)(?=\n\n<!-- end {0} -->)"
 
 
 def table_of(name: str) -> str:

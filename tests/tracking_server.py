@@ -1,4 +1,4 @@
-"""An MLflow tracking server for tests, in a process of its own: python -m tests.tracking_server FOLDER
+"""An MLflow tracking server for tests, in a process of its own: python -m tests.tracking_server FOLDER [ADDRESS]
 
 It takes any user and password. FOLDER gets its database and artifacts.
 """
@@ -17,8 +17,8 @@ from tests.processes import start
 
 @contextmanager
 def tracking_server(folder: Path) -> Iterator[str]:
-    """Run a server during the block; yields its HOST:PORT."""
-    folder.mkdir()
+    """Run a server during the block; yields its HOST:PORT. One that ran over the same folder before goes on so."""
+    folder.mkdir(exist_ok=True)
     with start("-m", "tests.tracking_server", folder, stdin=subprocess.PIPE, stderr=None) as server:
         assert server.stdout is not None
         assert server.stdin is not None
@@ -30,7 +30,7 @@ def tracking_server(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
-def serve(folder: str) -> None:
+def serve(folder: str, host: str = "127.0.0.1") -> None:
     os.environ |= {
         "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
@@ -40,10 +40,10 @@ def serve(folder: str) -> None:
     from mlflow.server import app
     from werkzeug.serving import make_server
 
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    print(f"127.0.0.1:{server.server_port}", flush=True)
+    server = make_server(host, 0, app, threaded=True)
+    print(f"{host}:{server.server_port}", flush=True)
     server.serve_forever()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -85,9 +85,10 @@ def job_command(
     *settings: str,
     tracking: str = "tracking=none",
     verb: str = "run",
+    cluster: str = "cluster=local",
 ) -> list[str]:
     """Return the command of a job, a sweep or a plan over a source; `into` is its output.path= or output.root=."""
-    given = (f"model.path={source}", f"quant={','.join(quants)}", into, tracking, "cluster=local", "format=json")
+    given = (f"model.path={source}", f"quant={','.join(quants)}", into, tracking, cluster, "format=json")
     return [sys.executable, "-m", f"jobs.{verb}", *(["-m"] if len(quants) > 1 else []), *given, *settings]
 
 

@@ -27,6 +27,11 @@ from loaders.storage.hub.names import hub_name
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 MOVED = {"source.unit_mb": "unit_mb"}  # keys of earlier versions
+ELSEWHERE = {  # keys of another verb
+    f"cluster.{name}": "it is for plan, which says how long such machines take; a job takes those of the Ray cluster"
+    " at cluster.address"
+    for name in ("nodes", "node")
+}
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -164,6 +169,8 @@ def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
     known = [key for key in _fields(spec, values, place[:-1]) if key != "kind"]
     if name in MOVED:
         return f"{name}: unknown key; it is {MOVED[name]} now"
+    if name in ELSEWHERE:
+        return f"{name}: unknown key; {ELSEWHERE[name]}"
     others = [m for m in _at(spec, place[:-1]) if leaf in m.model_fields]
     kinds = [kind for model in others for kind in kinds_of(model)]
     if kinds and len(place) == 2 and (belongs := with_kind(str(place[0]), kinds)):

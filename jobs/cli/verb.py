@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -99,8 +99,11 @@ class Verb(Generic[S]):
             return status
 
     def _checked(self, given: list[str], *, as_json: bool) -> int:
-        # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
+        # Schedulers stop jobs by SIGTERM, and a terminal that closes does so by SIGHUP, which nohup has ignored. They
+        # then raise KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         imported()
         try:
             have_home()
@@ -175,7 +178,8 @@ def reach_stores(spec: BaseModel) -> None:
     """Make a request's settings of stores, if it has some, those of this process."""
     settings = getattr(spec, "store_settings", None)
     if settings is None and isinstance(store := getattr(spec, "store", None), StoreSpec):
-        settings = store.settings
+        cluster = getattr(spec, "cluster", None)
+        settings = replace(store.settings, read_limit=getattr(cluster, "read_limit", None))
     if settings is not None:
         use(settings)
 

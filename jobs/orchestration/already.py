@@ -34,7 +34,7 @@ def settled(planned: Planned) -> Report:
     from jobs.verification.output import judge_published
 
     output = planned.journal.output
-    report = judge_published(planned.judging, output, report, planned.plan)
+    report = judge_published(planned.judging, output, report, planned.plan, planned.spec.cluster)
     check_passed(report, planned.spec, planned.plan, output)
     return report
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Group
@@ -18,11 +19,14 @@ from rich.text import Text
 
 from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said, note
+from jobs.execution.cluster import Cluster
+from jobs.execution.joining import join_on
 from jobs.execution.unit import Share
 from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
+from jobs.output.life import Told
 from jobs.output.publish import complete, is_published, publish, put_card, put_page, written_headers
 from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
@@ -35,9 +39,10 @@ from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import facts, open_job_run, track_job
-from jobs.tracking.pages import how_to_open, registered_lines
+from jobs.tracking.pages import registered_lines, run_lines
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import NoRun, Run
+from jobs.verification.judging_task import JudgeTask
 from jobs.verification.logits import asked, judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
@@ -91,7 +96,8 @@ class Job:
             WeightmillError: another process runs this job, or its output or its run cannot be created.
         """
         journal, spec = self.planned.journal, self.planned.spec
-        request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
+        units = len(self.planned.plan.units)
+        request = {"key": journal.key, "output": str(journal.output), "units": units, "request": spec.resolved()}
         stack.enter_context(journal.hold(request, overwrite=spec.output.overwrite))
         self._is_held = True
         if open_store(journal.output).absence() is None and not spec.output.overwrite and not self.is_whole:
@@ -107,8 +113,20 @@ class Job:
         self.done = resume(self.planned)
         self.resumed = frozenset(self.done)
         if self.done:
-            units = len(self.planned.plan.units)
             note(f"{len(self.done)} of {units} units were done before; going on with the rest")
+
+    @property
+    def told(self) -> Told | None:
+        """What signs of life tell of the job; None if it is not this process's to do."""
+        if not self._is_held or self.outcome is not None:
+            return None
+        return Told(
+            journal=self.planned.journal,
+            units=len(self.planned.plan.units),
+            resumed=len(self.resumed),
+            done=lambda: len(self.done),
+            failure=lambda: str(self.outcome) if isinstance(self.outcome, WeightmillError) else "",
+        )
 
     def shares(self) -> list[tuple[int, Share]]:
         """Return the units that are left to do, each with the job's number."""
@@ -133,12 +151,19 @@ class Job:
         ]
 
     @property
+    def judge_task(self) -> JudgeTask:
+        """The evaluation of the output as a task for a cluster."""
+        judging, journal = self.planned.judging, self.planned.journal
+        assert judging is not None
+        return judging.task(journal.destination.files, journal.output.name)
+
+    @property
     def _gate(self) -> Gate:
         verify = self.planned.spec.verify
         return Gate(verify.allow_nonfinite, verify.max_relative_error)
 
-    def finish(self, done: Pass) -> None:
-        """Check the gate, publish the output, and log the report to MLflow.
+    def finish(self, done: Pass, cluster: Cluster) -> None:
+        """Check the gate, judge the output on the cluster, publish it, and log the report to MLflow.
 
         Raises:
             WeightmillError: the output fails verification, or cannot be written.
@@ -146,7 +171,7 @@ class Job:
         if self.is_whole:
             self.report = read_report(self.planned.journal.output)
         else:
-            self.report = self._publish(done)
+            self.report = self._publish(done, cluster)
         planned = self.planned
         if self.run.is_tracked:
             output = planned.journal.output
@@ -162,15 +187,16 @@ class Job:
             )
         self.run.end("FINISHED")
 
-    def _publish(self, whole: Pass) -> Report:
+    def _publish(self, whole: Pass, cluster: Cluster) -> Report:
         planned = self.planned
         units, journal = planned.plan.units, planned.journal
         if self.resumed:
             _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
         done = [self.done[unit.id] for unit in units]
         has_card = planned.spec.output.card
-        completed = complete(planned.plan, planned.target, journal, done, card=has_card)
-        quality = self._judge([file.xxh3 for file in completed.weights])
+        join_by = None if cluster.is_local else partial(join_on, cluster, planned.plan.checkpoint.address)
+        completed = complete(planned.plan, planned.target, journal, done, card=has_card, join_by=join_by)
+        quality = self._judge([file.xxh3 for file in completed.weights], cluster)
         report = make_report(
             planned.spec,
             planned.plan,
@@ -211,7 +237,7 @@ class Job:
         card = make_card(report, planned.plan, planned.target, theirs, planned.journal.output)
         return put_card(planned.journal, report, card)
 
-    def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
+    def _judge(self, digests: Sequence[str], cluster: Cluster) -> dict[str, Any] | None:
         """Evaluate the finished files if that is asked for. If they fail, the numbers are still tracked.
 
         Raises:
@@ -221,7 +247,8 @@ class Job:
         if judging is None:
             return None
         try:
-            found = judged(judging, journal.destination.files, journal.output.name, journal.destination, digests)
+            files, name = journal.destination.files, journal.output.name
+            found = judged(judging, files, name, journal.destination, digests, cluster)
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
         quality = {**found.to_json(), "asked": asked(judging.spec.model_dump())}
@@ -304,10 +331,14 @@ class Job:
         """Wait until everything is tracked, and set the outcome."""
         if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
-            address = None if untracked else self.run.address
-            self.outcome = _said(self.planned, self.report, address, self.run.registered, untracked)
+            self.outcome = _said(self.planned, self.report, self.run, untracked)
         elif self.outcome is not None:
             self._tidy()
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The units with a record, and all units."""
+        return self.planned.journal.count, len(self.planned.plan.units)
 
     @property
     def how_to_go_on(self) -> str:
@@ -369,18 +400,18 @@ def _wait(run: Run) -> str:
     return ""
 
 
-def _said(planned: Planned, report: Report, address: str | None, registered: str | None, untracked: str) -> Said:
-    output = planned.journal.output
+def _said(planned: Planned, report: Report, run: Run, untracked: str) -> Said:
+    output, address, registered = planned.journal.output, None if untracked else run.address, run.registered
 
     def document() -> dict[str, Any]:
         where = {"output": str(output), "tracked": address, "registered": registered}
         return {"status": "done", "already": False, **where, **report.to_json()}
 
     lines = [Text(f"output: {output}", style="bold green")]
-    lines += [*registered_lines(registered), *([Text(f"run: {address}")] if address else [])]
-    if address and not address.startswith("http"):
-        lines += [Text(f"its page: {how_to_open(address.partition(' run ')[0])}")]
-    lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
+    lines += [*registered_lines(registered), *run_lines(address, None if untracked else run.page)]
+    if untracked:
+        lines += [Text(f"the output is complete, but {untracked}", style="bold red")]
+        lines += [Text(f"to send it: {program()} track {shlex.quote(str(output))}")]
     warnings = [*planned.target.warnings, *(w for w in report.warnings if w.endswith(": let pass"))]
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.execution.choose import is_local
 from jobs.execution.cluster import LocalCluster
 from jobs.execution.unit import staging_bytes
 from jobs.orchestration.preflight import Planned
@@ -123,12 +124,12 @@ def scratch_folder(spec: JobSpec) -> Path:
 
 
 def scratch_bytes(jobs: Sequence[Planned]) -> int:
-    """Return the most bytes that jobs over one source have in the scratch folder of a machine: outputs of the units in
-    flight and another file on their way to a store, and what the memory budget cannot hold of a tensor that is read
-    several times.
+    """Return the most bytes that jobs over one source have in the scratch folder of this machine: outputs of the units
+    in flight and another file on their way to a store, and what the memory budget cannot hold of a tensor that is read
+    several times. If units run elsewhere, their machines are asked for the room, and the other file alone is left.
     """
     first = jobs[0]
-    source, found = first.plan.checkpoint.source, 0
+    source, found, is_here = first.plan.checkpoint.source, 0, is_local(first.spec.cluster)
     remote = [job for job in jobs if not job.journal.destination.is_local]
     if remote:
         at_once = LocalCluster(first.spec.cluster).units_at_once
@@ -137,11 +138,11 @@ def scratch_bytes(jobs: Sequence[Planned]) -> int:
             outputs[unit.id] += sum(file.size for file in unit.outputs[TARGET].files)
         # A file of several units is joined there on its way to the Hub, when the units are done.
         joined = [sum(p.size for p in job.target.pieces) for job in remote if job.journal.output.scheme == "hf"]
-        found += max(sum(count for _, count in outputs.most_common(at_once)), *joined, 0)
+        found += max(sum(count for _, count in outputs.most_common(at_once)), *joined, 0) if is_here else 0
         # Other files are copied one by one. Those above the limit are streamed, but to the Hub, which takes files.
         largest = max((source.entry(name).size for job in remote for name in job.plan.aux_of(job.target)), default=0)
         found += largest if joined else min(int(first.spec.store.scratch_mb * MB), largest)
-    return found if source.store.is_local else found + first.strategy[0].scratch_bytes(_uses(jobs))
+    return found if source.store.is_local or not is_here else found + first.strategy[0].scratch_bytes(_uses(jobs))
 
 
 def _uses(jobs: Sequence[Planned]) -> Iterator[Use]:

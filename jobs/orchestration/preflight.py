@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.execution.choose import check_cluster, is_local
+from jobs.execution.choose import check_cluster, is_joined, is_local
 from jobs.execution.cluster import LocalCluster
+from jobs.execution.joining import MOVES_AT_ONCE
 from jobs.orchestration.earlier import check_passed, lacks_judging, made_before
 from jobs.output.destination import check_free, check_ours, check_place
 from jobs.output.journal import Journal
@@ -50,9 +51,14 @@ class Planned:
 
     @property
     def doubled_bytes(self) -> int:
-        """The bytes that the disk holds twice while pieces of other processes are joined: those of one piece."""
+        """The bytes that the disk holds twice while pieces of other processes are joined: those of a few pieces."""
         is_in_place = is_local(self.spec.cluster) and self.journal.destination.is_local
-        return 0 if is_in_place else max((piece.size for piece in self.target.pieces), default=0)
+        return 0 if is_in_place else sum(sorted(piece.size for piece in self.target.pieces)[-MOVES_AT_ONCE:])
+
+    @property
+    def ends_on_the_cluster(self) -> bool:
+        """Whether machines of a cluster have work after the last unit: to join a file, or to evaluate the output."""
+        return self.judging is not None or bool(self.target.pieces)
 
     @cached_property
     def strategy(self) -> tuple[WeightLoader, str]:
@@ -84,8 +90,10 @@ def plan_job(
     else:
         check_free(spec, output)
     target = target_of(spec)
-    # Raises BadSpec now if the backend does not exist, and not in the first unit.
-    check_backend(spec.backend.asked)
+    # Raises BadSpec now if the backend does not exist, and not in the first unit. The machines of a cluster may have
+    # what this one lacks; they are asked before they get work.
+    if not is_joined(spec.cluster):
+        check_backend(spec.backend.asked)
     check_cluster(spec.cluster)
     check_tracking(spec.tracking)
     with no_collection():
@@ -107,7 +115,8 @@ def plan_job(
         check_free(spec, output, found)
     is_wanted = planned.done is None or lacks_judging(planned.done, spec)
     if is_wanted and isinstance(spec.verify, JudgedSpec):
-        return replace(planned, judging=judging_of(spec.verify, plan, made, output))
+        judging = judging_of(spec.verify, plan, made, output, here=is_local(spec.cluster))
+        return replace(planned, judging=judging)
     return planned
 
 

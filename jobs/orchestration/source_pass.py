@@ -14,8 +14,8 @@ from typing import Any
 
 from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
-from jobs.execution.choose import choose
-from jobs.execution.cluster import Cluster, LocalCluster, UnitFailed
+from jobs.execution.choose import choose, is_local
+from jobs.execution.cluster import GO_ON, Cluster, ClusterLost, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
@@ -24,10 +24,14 @@ from jobs.orchestration import already, engine_check
 from jobs.orchestration.job import Job, Pass
 from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
+from jobs.output.life import SignsOfLife
 from jobs.report import plan
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.report.document import versions
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
+from jobs.verification.judging_task import check_can_judge
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, is_contained, max_open_files
 from loaders.backends.memory import PeakMemory, no_collection, spared
@@ -143,7 +147,7 @@ class Clusters:
 
     def get(self, spec: ClusterSpec, backends: Collection[str]) -> Cluster:
         """Return the cluster of the settings, for jobs on some backends."""
-        if "cuda" in backends and spec.units_at_once is None:
+        if "cuda" in backends and spec.units_at_once is None and is_local(spec):
             spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of("cuda")))})
         if self._cluster is None or spec != self._spec:
             self.close()
@@ -184,26 +188,28 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         if recorder is None:
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
-        with PeakMemory() as memory:
-            bytes_read = _run_units(jobs, cluster, strategy)
-            description = cluster.description
-        if recorder is None:
-            clusters.close()
-        done = Pass(
-            started=started,
-            wall_s=time.perf_counter() - began,
-            peak_bytes=memory.peak_bytes,
-            peak_working_set_bytes=memory.peak_working_set_bytes if is_contained() else None,
-            cluster=description,
-            strategy=strategy.name,
-            jobs=len(jobs),
-            threads=cluster.threads,
-            lanes=cluster.units_at_once if isinstance(cluster, LocalCluster) else 1,
-        )
-        for job in jobs:
-            if job.outcome is None:
-                with _own_failure(job), no_collection(), working_on(job.name):
-                    job.finish(done)
+        is_needed = not cluster.is_local and any(job.planned.ends_on_the_cluster for job in jobs)
+        with _telling(jobs, cluster):
+            with PeakMemory() as memory:
+                bytes_read = _run_units(jobs, cluster, strategy)
+                description = cluster.description
+            if recorder is None and not is_needed:
+                clusters.close()
+            done = Pass(
+                started=started,
+                wall_s=time.perf_counter() - began,
+                peak_bytes=memory.peak_bytes,
+                peak_working_set_bytes=memory.peak_working_set_bytes if is_contained() else None,
+                cluster=description,
+                strategy=strategy.name,
+                jobs=len(jobs),
+                threads=cluster.threads,
+                lanes=cluster.units_at_once if isinstance(cluster, LocalCluster) else 1,
+            )
+            for job in jobs:
+                if job.outcome is None:
+                    with _own_failure(job), no_collection(), working_on(job.name):
+                        job.finish(done, cluster)
         for job in jobs:
             job.settle()
     plan, after = jobs[0].planned.plan, disk_bytes_fetched()
@@ -216,6 +222,17 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         disk_bytes=fetched,
         wall_s=done.wall_s,
     )
+
+
+@contextmanager
+def _telling(jobs: Sequence[Job], cluster: Cluster) -> Iterator[None]:
+    """Give signs of life of the jobs during the block."""
+    told = [each for job in jobs if (each := job.told) is not None]
+    if not told:
+        yield
+        return
+    with SignsOfLife(told, cluster.live.seen, cluster.description, versions()).given():
+        yield
 
 
 @contextmanager
@@ -242,11 +259,18 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         if killed and len(jobs) == 1:
             kept = jobs[0].planned.journal.count
             raise KeyboardInterrupt(jobs[0].how_to_go_on if kept else NOTHING_KEPT) from None
+        if isinstance(error, ClusterLost):
+            done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
+            raise ClusterLost(f"{error}; {GO_ON}: {done} of {units} units are done") from error
         raise
 
 
 def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) -> int:
     """Run the units that are left of all jobs; returns the stored bytes that were read."""
+    if not cluster.is_local:
+        for job in (job for job in jobs if job.planned.judging is not None and not job.is_whole):
+            with _own_failure(job):
+                check_can_judge(cluster, [job.judge_task])
     alive = [job for job in jobs if job.outcome is None]
     check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
     for job in (j for j in alive if cluster.is_local and not j.is_whole):
@@ -258,6 +282,8 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
+    for job in alive:
+        job.run.watch(cluster.live.seen)
     counts = {job.run.count for job in alive}  # of a sweep's jobs all the same one
 
     def count(size: int) -> None:

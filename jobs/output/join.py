@@ -8,7 +8,7 @@ pieces' records say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import xxhash
 
@@ -21,28 +21,45 @@ from loaders.storage.base import READ_BEFORE_PUBLISHING, Range
 from loaders.storage.hashes import BLOCK
 
 
-def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: Sequence[Done]) -> WeightFile:
-    """Join pieces into a finished file; returns its entry for the report.
+def join(
+    joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: Sequence[Done],
+    on_bytes: Callable[[int], None] = lambda size: None,
+) -> WeightFile:  # fmt: skip
+    """Join pieces into a finished file; returns its entry for the report. `on_bytes` is told of the file's bytes.
 
     Raises:
         VerifyFailed: a piece is not what its record says.
         StorageError: the disk is full, ...
     """
-    written = {file.name: file for unit in done for file in unit.files}
-    joining = _Joining(joined, pieces, journal, written)
+    joining = _Joining(joined, pieces, journal, _written(done))
     name, destination = f"files/{joined.name}", journal.destination
     if destination.assembles:
-        places = [(_start(piece), journal.place(piece)) for piece in pieces]
+        places = [(start_of(piece), journal.place(piece)) for piece in pieces]
         around = [(0, joined.head), (joining.end, joining.tail)]
         destination.assemble(name, places, around, joining.size)
-        for _ in joining.chunks():
+        for chunk in joining.chunks():
             # The generator hashes the chunks and checks the pieces; the bytes are in the file already.
-            pass
+            on_bytes(len(chunk))
     else:
-        destination.join(name, joining.chunks(), joining.size, _large(pieces))
+        destination.join(name, _told(joining.chunks(), on_bytes), joining.size, _large(pieces))
         for piece in pieces:
             destination.drop(journal.place(piece))
     return joining.row()
+
+
+def joined_size(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: Sequence[Done]) -> int:
+    """Return the bytes of the file that `join` makes; little of the pieces is read for it."""
+    return _Joining(joined, pieces, journal, _written(done)).size
+
+
+def _written(done: Sequence[Done]) -> dict[str, Written]:
+    return {file.name: file for unit in done for file in unit.files}
+
+
+def _told(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        on_bytes(len(chunk))
+        yield chunk
 
 
 class _Joining:
@@ -56,7 +73,7 @@ class _Joining:
         self._journal = journal
         self._written = written
         self._whole = xxhash.xxh3_128()
-        self.end = _start(pieces[-1]) + written[pieces[-1].name].size
+        self.end = start_of(pieces[-1]) + written[pieces[-1].name].size
         # The directory at the end of a PyTorch file repeats the checksums in its members' headers, so it is made from
         # the pieces.
         self.tail = b"" if joined.tail is None else joined.tail.made(self._read)
@@ -64,8 +81,8 @@ class _Joining:
 
     def _read(self, at: int, size: int) -> bytes:
         """Read bytes of the joined file, all within one piece, before the file exists."""
-        piece = next(p for p in reversed(self._pieces) if _start(p) <= at)
-        return self._piece(piece, at - _start(piece), size)
+        piece = next(p for p in reversed(self._pieces) if start_of(p) <= at)
+        return self._piece(piece, at - start_of(piece), size)
 
     def _piece(self, piece: OutputFile, at: int, size: int) -> bytes:
         name, start, entry = self._journal.find(piece)
@@ -108,7 +125,7 @@ class _Joining:
     def row(self) -> WeightFile:
         """Return the file's entry for the report, after `chunks` was read to its end."""
         rows = [
-            FileRange(name=piece.name, offset=_start(piece), bytes=record.size, xxh3=record.xxh3)
+            FileRange(name=piece.name, offset=start_of(piece), bytes=record.size, xxh3=record.xxh3)
             for piece in self._pieces
             for record in (self._written[piece.name],)
         ]
@@ -122,10 +139,11 @@ def _large(pieces: Sequence[OutputFile]) -> list[Range]:
     """Return where the large tensors of a joined file are; nothing where tensors of variable length move others."""
     if any(slot.is_bound for piece in pieces for slot in piece.slots):
         return []
-    starts = ((_start(piece) + piece.header_bytes + slot.offset, slot) for piece in pieces for slot in piece.slots)
+    starts = ((start_of(piece) + piece.header_bytes + slot.offset, slot) for piece in pieces for slot in piece.slots)
     return [(start, start + slot.size) for start, slot in starts if slot.size > READ_BEFORE_PUBLISHING]
 
 
-def _start(piece: OutputFile) -> int:
+def start_of(piece: OutputFile) -> int:
+    """Return where a piece begins in the joined file."""
     assert piece.within is not None
     return piece.within[1]

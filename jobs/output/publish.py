@@ -6,7 +6,7 @@ replaced by that step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jobs.planning.plan import Plan, TargetPlan
 from loaders.checkpoints.pipeline import MODEL_INDEX
 from loaders.containers import safetensors
 from loaders.errors import BadSpec, VerifyFailed
+from loaders.layouts.base import Joined
 from loaders.layouts.diffusers import DiffusersLayout
 from loaders.limits import JSON_REPORT
 from loaders.specs import OutputFile, WeightSpec
@@ -29,6 +30,8 @@ from loaders.storage.base import OUR_PAGE, OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
 from loaders.storage.json_files import json_bytes
 from loaders.words import counted
+
+Join = Callable[[Joined, Sequence[OutputFile], Journal, Sequence[Done]], WeightFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,18 @@ class Completed:
 
 
 def complete(
-    plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Done], *, card: bool = False
+    plan: Plan,
+    target: TargetPlan,
+    journal: Journal,
+    done: Sequence[Done],
+    *,
+    card: bool = False,
+    join_by: Join | None = None,
 ) -> Completed:
     """Join files that several units wrote, and add everything but the report to the finished weight files.
 
-    With `card`, the source's model card is not copied: `put_card` writes the output's own.
+    `join_by` joins them elsewhere than in this process. With `card`, the source's model card is not copied: `put_card`
+    writes the output's own.
 
     Raises:
         VerifyFailed: a weight file is not what its record says.
@@ -68,7 +78,7 @@ def complete(
     if target.assembly is not None:
         made |= target.assembly.made
         if target.assembly.joined is not None:
-            weights = [join(target.assembly.joined, target.pieces, journal, done), *weights]
+            weights = [(join_by or join)(target.assembly.joined, target.pieces, journal, done), *weights]
     others = {*made, *signs, *([CARD] if card else [])}
     copied = [name for name in plan.aux_of(target) if name not in others]
     finals = {file.name for file in target.finals}

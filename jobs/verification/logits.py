@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 from jobs.cli.program import program
 from jobs.cli.progress import Meter
 from jobs.cli.verb import note
+from jobs.execution.cluster import Cluster
 from jobs.output.journal import LOGITS
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.tables import size
 from jobs.spec.verify import EmbeddingsSpec, LogitsSpec
+from jobs.verification.judging_task import JudgeTask, judged_on
 from loaders.architectures.family import text_config
 from loaders.backends.machine import total_memory
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed, setting, settings_called
 from loaders.missing import MissingLibrary, absent, not_installed
+from loaders.quantization.scheme import Decoder
+from loaders.specs import TensorSpec
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import digest, text_digest
@@ -44,7 +48,7 @@ KEPT = "quality.json"
 WHAT = {"logits": "logits", "embeddings": "last hidden states"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judging:
     """A planned evaluation: the settings, the original, the output's engine, and the folder of what is kept."""
 
@@ -53,6 +57,18 @@ class Judging:
     engine: Engine
     folder: Path
     numbers_bytes: int
+    model_bytes: int
+    quantized: tuple[tuple[TensorSpec, Decoder], ...] = ()
+
+    def task(self, output: Store, name: str) -> JudgeTask:
+        """Return the evaluation as a task for a cluster."""
+        reference = self.reference
+        return JudgeTask(
+            kind=self.spec.kind, source=reference.checkpoint.address, container=reference.checkpoint.container,
+            files=tuple(reference.checkpoint.files), output=output.address, name=name, folder=self.folder,
+            windows=reference.windows, device=reference.device, dtype=reference.dtype, engine=self.engine,
+            model_bytes=self.model_bytes, tokens=reference.tokens, threads=1, quantized=self.quantized,
+        )  # fmt: skip
 
     @property
     def note(self) -> str:
@@ -66,8 +82,12 @@ class Judging:
         )
 
 
-def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
+def judging_of(
+    spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address, *, here: bool = True
+) -> Judging:
     """Plan the evaluation of an output; its original's numbers are kept next to it.
+
+    Unless it runs `here`, engines and memory are those of a cluster's machines: see `check_can_judge`.
 
     Raises:
         BadSpec: the text, the tokenizer or the model does not allow an evaluation; an engine is missing, or cannot
@@ -76,14 +96,16 @@ def judging_of(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan
     """
     with settings_called({"evaluate": f"verify={spec.kind}"}):
         try:
-            return _planned(spec, plan, target, output)
+            return _planned(spec, plan, target, output, here=here)
         except BadSpec as error:
             cannot = f"{setting('evaluate')}: "
             said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
             raise (MissingLibrary if isinstance(error, MissingLibrary) else BadSpec)(said) from None
 
 
-def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
+def _planned(
+    spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address, *, here: bool
+) -> Judging:
     from loaders.models import runners
 
     if absent(*runners.ORIGINAL.modules):
@@ -100,11 +122,15 @@ def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, 
     if not states:
         _check_logits(plan.checkpoint)
     engine = runners.engine_of(target.target.layout.name, target.config)
-    for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
-        runners.check_engine(each, spec.device, what)
-    quantized = [(d.tensor.spec, d.scheme) for d in target.decisions if d.action == "quantize" and d.scheme is not None]
-    runners.check_tensors(engine, spec.device, quantized)
-    _check_memory(spec, plan)
+    quantized = tuple(
+        (d.tensor.spec, d.scheme) for d in target.decisions if d.action == "quantize" and d.scheme is not None
+    )
+    model_bytes = plan.parameters * (4 if spec.dtype == "float32" else 2)
+    if here:
+        for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
+            runners.check_engine(each, spec.device, what)
+        runners.check_tensors(engine, spec.device, quantized)
+        _check_memory(spec, model_bytes)
     windows = _windows(plan.checkpoint.address, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
                        spec.window, states)  # fmt: skip
     reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype, states)
@@ -116,7 +142,10 @@ def _planned(spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, 
             f"verify.tokens: the original's {WHAT[spec.kind]} take {size(need)} in {folder},"
             f" {size(free_bytes(folder))} are free there; take fewer tokens, or make room"
         )
-    return Judging(spec, reference, engine, folder, need)
+    return Judging(
+        spec=spec, reference=reference, engine=engine, folder=folder, numbers_bytes=need, model_bytes=model_bytes,
+        quantized=quantized,
+    )  # fmt: skip
 
 
 def asked(verify: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,10 +184,9 @@ def _windows(
     return read_windows(open_checkpoint(where, container), text, tokens=tokens, window=window, states=states)
 
 
-def _check_memory(spec: LogitsSpec | EmbeddingsSpec, plan: Plan) -> None:
+def _check_memory(spec: LogitsSpec | EmbeddingsSpec, need: int) -> None:
     from loaders.models.runners import ORIGINAL, device_of
 
-    need = plan.parameters * (4 if spec.dtype == "float32" else 2)
     if device_of(ORIGINAL, spec.device) == "cpu" and need > total_memory():
         less = "; verify.dtype=bfloat16 takes half of it" if spec.dtype == "float32" else ""
         raise BadSpec(
@@ -168,11 +196,13 @@ def _check_memory(spec: LogitsSpec | EmbeddingsSpec, plan: Plan) -> None:
 
 
 def judged(
-    judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = ()
-) -> Quality | Closeness:
-    """Evaluate an output's files; the result is kept in the journal of `keep`, for files with the same `digests`.
+    judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = (),
+    cluster: Cluster | None = None,
+) -> Quality | Closeness:  # fmt: skip
+    """Evaluate an output's files, in this process, or on a machine of a cluster that is not this process.
 
-    A job that fails a limit thus need not be evaluated again under a wider one.
+    The result is kept in the journal of `keep`, for files with the same `digests`. A job that fails a limit thus need
+    not be evaluated again under a wider one.
 
     Raises:
         BadCheckpoint: an engine cannot load the original or the output.
@@ -191,11 +221,15 @@ def judged(
         if made.get("key") == key:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["quality"].items()}
             return Closeness(**values) if reference.states else Quality(**values)
-    with kept(judging.folder) as folder:
-        done = f"its {WHAT[judging.spec.kind]} are there" if reference.is_in(folder) else "in transformers"
+    done = f"its {WHAT[judging.spec.kind]} are there" if reference.is_in(judging.folder) else "in transformers"
+    doing, tokens = f"evaluating it and the original, {name}", 2 * reference.tokens
+    if cluster is not None and not cluster.is_local:
+        note(f"evaluating {name} in {judging.engine.name}, on one of the cluster's machines; the original: {done}")
+        quality = judged_on(cluster, judging.task(output, name), doing)
+    else:
         note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
-        with Meter(f"evaluating it and the original, {name}", 2 * reference.tokens, "tokens") as meter:
-            quality: Quality | Closeness = (judge_states if reference.states else judge)(
+        with kept(judging.folder) as folder, Meter(doing, tokens, "tokens") as meter:
+            quality = (judge_states if reference.states else judge)(
                 reference, open_checkpoint(output, key="output.path"), judging.engine, folder, key=name,
                 on_tokens=meter.add,
             )  # fmt: skip

@@ -20,10 +20,11 @@ from rich.console import Group
 
 from jobs.cli.early import is_program
 from jobs.cli.verb import FAILED, Said
-from jobs.execution.choose import choose
+from jobs.execution.choose import choose, is_local
 from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
 from jobs.output.card_block import CARD, LIMIT
+from jobs.output.journal import Journal
 from jobs.output.publish import with_page
 from jobs.output.report import (
     FileRange,
@@ -39,9 +40,11 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.report.page import make_page
 from jobs.report.result import quality_text
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.spec.verify import JudgedSpec, VerifySpec
+from jobs.verification.judging_task import check_can_judge, cluster_to_judge
 from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of
 from jobs.verification.without_weights import list_faults, page_faults, range_digest, report_faults
 from loaders.backends import kernels_of
@@ -82,10 +85,17 @@ class VerifyTask:
     threads: int
     gate: Gate
     gpus: int = 0
+    journals: tuple[Journal, ...] = ()  # what is verified is published
+    scratch_bytes: int = 0
+    by_architecture: bool = False
 
     @property
     def memory_bytes(self) -> int:
         return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self.output_strategy.held_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        return self.unit.source_bytes
 
     def reach(self) -> None:
         reach_source(self.source, self.unit)
@@ -183,12 +193,14 @@ def verify_output(
     plan = _plan_again(spec, report)
     judging = None
     if isinstance(verify, JudgedSpec):
-        judging = judging_of(verify, plan, plan.targets[TARGET], output)
+        judging = judging_of(verify, plan, plan.targets[TARGET], output, here=is_local(cluster_spec))
     written = open_checkpoint(pinned)
     faults = report_faults(plan, written, report) or list_faults(plan, written, report)
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
+        if judging is not None and not cluster.is_local:
+            check_can_judge(cluster, [judging.task(open_store(output), output.name)])
         strategies = [reading(strategy_spec, side)[0] for side in (plan.checkpoint, written)]
         tasks = _tasks(plan, written, report, spec, strategies, cluster.threads)
         with closing(run_all(cluster, tasks, "verifying", plan.source_bytes)) as reports:
@@ -196,16 +208,18 @@ def verify_output(
                 faults += report_of_unit.faults
                 checked += report_of_unit.tensors
     damaged = page_faults(written, report)
-    quality = None if judging is None or faults else _judge(judging, output, report, plan, faults)
+    quality = None if judging is None or faults else _judge(judging, output, report, plan, faults, cluster_spec)
     # Judging writes the page anew.
     faults += damaged if quality is None else []
     return _said(output, plan, checked, faults, quality)
 
 
-def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str]) -> dict[str, Any] | None:
+def _judge(
+    judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str], cluster_spec: ClusterSpec
+) -> dict[str, Any] | None:
     """Evaluate an output as `judge_published`; returns its quality, and adds faults to `faults`."""
     try:
-        quality = judge_published(judging, output, report, plan).quality
+        quality = judge_published(judging, output, report, plan, cluster_spec).quality
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None
@@ -214,17 +228,18 @@ def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults
     return quality
 
 
-def judge_published(judging: Judging, output: Address, report: Report, plan: Plan) -> Report:
-    """Evaluate a published output in its engine; returns its report with the numbers, which it and its card have then.
+def judge_published(judging: Judging, output: Address, report: Report, plan: Plan, cluster_spec: ClusterSpec) -> Report:
+    """Evaluate a published output in its engine, on the settings' cluster.
+
+    Returns its report with the numbers, which it and its card have then.
 
     Raises:
         BadCheckpoint: its engine cannot load it, or its original.
         VerifyFailed: it computes NaN or infinities.
     """
-    quality = {
-        **judged(judging, open_store(output), output.name).to_json(),
-        "asked": asked(judging.spec.model_dump()),
-    }
+    with cluster_to_judge(cluster_spec) as cluster:
+        found = judged(judging, open_store(output), output.name, cluster=cluster)
+    quality = {**found.to_json(), "asked": asked(judging.spec.model_dump())}
     target = plan.targets[TARGET]
     damage = damage_of(report.tensors, report.totals, loading_of(plan, target).engine, quality)
     report = report.model_copy(update={"quality": quality, "damage": damage})

@@ -37,10 +37,14 @@ LAPS = 3  # the fastest of so many counts, after one that is not timed
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The bytes of source that a backend encodes and measures a second, and a digest of what it has stored."""
+    """The bytes of source that a backend encodes and measures a second, and a digest of what it has stored.
+
+    `cpu_rate` is by the seconds of one CPU that all threads took, which other processes on the machine hardly change.
+    """
 
     rate: float
     digest: str
+    cpu_rate: float = 0.0
 
 
 def fastest(scheme: Scheme, dtype: str, size: int, threads: int) -> tuple[str, str]:
@@ -90,13 +94,15 @@ def encoded(backend: str, scheme: Scheme, dtype: str, threads: int) -> Encoded:
     parts = MemoryParts(stored)
     with Crew(threads) as crew:
         work = ThreadedWork(kernels_of(backend), crew, threading.Event())
-        taken = []
+        taken, used = [], []
         for _ in range(1 + LAPS):
-            began = time.perf_counter()
+            began, before = time.perf_counter(), time.process_time()
             encode_and_measure(weights, lambda view: view, scheme, stored, parts, work, lambda count: None, Clock())
             taken.append(time.perf_counter() - began)
+            used.append(time.process_time() - before)
     stored_digest = " ".join(digest(part.view(np.uint8)) for _, part in sorted(parts.parts().items()))
-    return Encoded(weights.raw.nbytes / min(taken[1:]), stored_digest)
+    size = weights.raw.nbytes
+    return Encoded(size / min(taken[1:]), stored_digest, size / max(1e-9, min(used[1:])))
 
 
 class _Weights:

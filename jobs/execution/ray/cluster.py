@@ -1,27 +1,35 @@
 """Units as Ray tasks, on the Ray cluster at an address or on one started here. Only this folder imports ray.
 
-A task gets paths, not weights, and returns a small report; its progress is a stream. Ray retries a task whose worker
-process dies. When a whole machine dies, Ray 2.60 notices within seconds but retries its tasks only after minutes, so
-they are submitted again here; if both attempts finish, the second replaces files by equal ones. Each task requests the
-CPUs and the memory of its plan, and a request that no machine can serve is refused before anything runs.
+A task gets paths, not weights, and returns a small report; its progress is a stream. Each attempt is placed on a
+machine, and repeated, from here, see dispatch.py: when a whole machine dies, Ray 2.60 notices within seconds but
+retries its tasks only after minutes, and what is frozen it never repeats. Each task requests the CPUs and the memory of
+its plan, and a request that no machine can serve is refused before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
 
+from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed
-from jobs.execution.ray.flights import Flights, memory_bytes
-from jobs.execution.ray.nodes import left_out, live_nodes, slots
+from jobs.execution.live import Live
+from jobs.execution.ray.dispatch import Dispatch
+from jobs.execution.ray.fitting import Scaling, await_machines, check_fits
+from jobs.execution.ray.flights import Flights
+from jobs.execution.ray.machines import MOST_THREADS, Machine, live_machines, threads_of
 from jobs.execution.ray.own import OwnRay
+from jobs.execution.ray.placement import Placement
 from jobs.execution.ray.start import connect
 from jobs.execution.ray.watch import Watch
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
-from loaders.errors import BadSpec
 from loaders.words import counted
 
-MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
+CLOSE_S = 30.0  # seconds that Ray gets to stop attempts, and again to disconnect
+SOME_S = 10.0  # seconds without a word of the head after which it is asked nothing more
+LOST_S = 5.0  # seconds to disconnect from a cluster whose head is gone
 
 
 class RayCluster:
@@ -32,75 +40,71 @@ class RayCluster:
     def __init__(self, spec: ClusterSpec, address: str | None) -> None:
         self._spec = spec
         self._address = address
-        self._at_once = 1
         self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
+        self.live = Live()
+        self._is_lost = False
+        self._scaling = Scaling(spec)
         self._own = None if address else OwnRay()
         try:
             self._ray = connect(spec, address, self._own)
         except BaseException:
             self._end()
             raise
-        if address and not spec.threads:
-            most = max((node["Resources"].get("CPU", 0) for node in live_nodes(self._ray)), default=1)
-            self.threads = max(1, min(int(most), MOST_THREADS))
+        try:
+            await_machines(self._ray, spec, self._scaling)
+        except BaseException:
+            self.close()
+            raise
+        self._machines = live_machines(self._ray)
+        if address:
+            self.threads = threads_of(self._machines, spec)
 
     @property
     def description(self) -> str:
-        nodes = live_nodes(self._ray)
-        cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        where = f"the Ray cluster at {self._address}" if self._address else "Ray, started here"
-        return f"{where}: {counted(len(nodes), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
+        machines = [machine for machine in self._machines if machine.fits(self._spec)]
+        cpus = sum(machine.cpus for machine in machines)
+        return f"{self._where}: {counted(len(machines), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
+
+    @property
+    def _where(self) -> str:
+        return f"the Ray cluster at {self._address}" if self._address else "Ray, started here"
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
-        nodes = live_nodes(self._ray)
-        gpus = max((task.gpus for task in tasks), default=0)
-        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= gpus]
-        if not nodes:
-            raise BadSpec(
-                "cluster: a unit on backend=cuda needs a GPU, and no machine offers one to Ray; use backend=cpu"
-            )
-        need = max((memory_bytes(task) for task in tasks), default=0)
-        fits = [
-            node
-            for node in nodes
-            if node["Resources"].get("CPU", 0) >= self.threads and node["Resources"].get("memory", 0) >= need
-        ]
-        if not fits:
-            largest = max(nodes, key=lambda node: node["Resources"].get("CPU", 0))["Resources"]
-            raise BadSpec(
-                f"cluster: a unit needs {self.threads} CPUs and {need / 1e9:.2f} GB of memory; the largest machine"
-                f" offers {largest.get('CPU', 0):.0f} and {largest.get('memory', 0) / 1e9:.2f} GB; lower threads"
-            )
-        at_once = sum(slots(node["Resources"], self.threads, gpus) for node in nodes)
-        # As many tasks wait at the machines as run there, so that none idles while the driver submits the next.
-        self._at_once = self._spec.units_at_once or 2 * max(1, at_once)
+        check_fits(self._ray, self._spec, self.threads, tasks, self._scaling)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
-        without = left_out(self._ray, tasks[0]) if self._address and tasks else []
-        flights = Flights(self._ray, self.threads, without)
-        watch = Watch(self._ray)
-        todo = {task.unit.id: task for task in tasks}
-        waiting = list(reversed(tasks))
+        placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None)
+        for line in placement.lines:
+            note(line)
+        flights, watch = Flights(self._ray), Watch(self._ray, self._where)
+        dispatch = Dispatch(
+            flights, placement, watch, self.live, threads=self.threads,
+            at_once=self._spec.units_at_once or sys.maxsize, retries=self._spec.retries,
+        )  # fmt: skip
         try:
-            while todo:
-                while waiting and len(flights) < self._at_once:
-                    flights.launch(waiting.pop())
-                for unit, outcome in flights.advance(on_bytes):
-                    if todo.pop(unit, None) is not None:
-                        yield outcome
-                        flights.forget(unit)
-                for task in flights.lost(watch.dead):
-                    if task.unit.id in todo:
-                        flights.launch(task)
+            yield from dispatch.run(tasks, on_bytes)
         finally:
+            self._machines = [Machine.of(node) for node in watch.nodes if node["Alive"]]
+            self._is_lost = watch.silent_s > SOME_S
             watch.close()
-            flights.cancel()
+            within(CLOSE_S, flights.close)
+            if not self._is_lost:
+                placement.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
-        self._ray.shutdown()
+        if not self._is_lost:
+            self._scaling.close()
+        within(LOST_S if self._is_lost else CLOSE_S, self._ray.shutdown)
         self._end()
 
     def _end(self) -> None:
         if self._own is not None:
             self._own.close()
+
+
+def within(seconds: float, call: Callable[[], None]) -> None:
+    """Call a function that may never return, as Ray's when its processes are frozen, and wait so long at most."""
+    thread = threading.Thread(target=call, name="ray-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
