@@ -155,7 +155,8 @@ class SignsOfLife:
     def _give(self) -> None:
         for number in itertools.count():
             began = time.monotonic()
-            self._is_heard = all([self._put(job, "running") for job in self._jobs])
+            written = [self._put(job, "running") for job in self._jobs]
+            self._is_heard = all(written)
             took = time.monotonic() - began
             if self._stop.wait(max(self._every_s if number else FIRST_S, SHARE * took)):
                 return
