@@ -35,10 +35,11 @@ class FakeTask:
     journals: tuple[Journal, ...] = ()
     scratch_bytes: int = 0
     by_architecture: bool = False
+    source_bytes: int = 0  # bytes of the source of its unit
 
     @property
     def unit(self) -> Any:
-        return SimpleNamespace(id=f"unit-{self.number:05d}", sources=self.sources)
+        return SimpleNamespace(id=f"unit-{self.number:05d}", sources=self.sources, source_bytes=self.source_bytes)
 
     def reach(self) -> None:
         pass
