@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -73,7 +74,7 @@ class FakeRay:
 
         def remote(*arguments: Any) -> Any:
             self.asked.append(name)
-            return _Sent(name, arguments)
+            return _Sent(name, pickle.loads(pickle.dumps(arguments)))  # as it travels to another process
 
         return SimpleNamespace(remote=remote)
 

@@ -240,7 +240,9 @@ def test_the_output_must_be_the_same_folder(
     gone = Journal(Address.of(tmp_path / "nowhere/out"), "0" * 12)
 
     def seeing(found: Journal) -> Callable[..., Any]:
-        return lambda question, settings: look_remotely(replace(question, journals=(found,)), settings)
+        return lambda question, settings: look_remotely(
+            replace(question, outputs=((found.output, found.key),)), settings
+        )
 
     def unseen(question: Question, settings: Any) -> Answer:
         return replace(look_remotely(question, settings), wrote="another")
