@@ -59,8 +59,6 @@ class FakeRay:
         self.answers: dict[str, Callable[..., Any]] = {}
         self.asked: list[str] = []
         self.exceptions = SimpleNamespace(RayError=FakeError)
-        self.available: dict[str, dict[str, float]] = {}
-        self._private = SimpleNamespace(state=SimpleNamespace(available_resources_per_node=lambda: self.available))
 
     def nodes(self) -> list[dict[str, Any]]:
         return list(self.rows)

@@ -115,10 +115,10 @@ def test_without_other_machines_units_take_those_with_gpus() -> None:
 def test_machines_that_other_jobs_use_come_last() -> None:
     ray = FakeRay(node("a", 8), node("b", 4))
     placement = placed(ray, joined=True)
-    ray.available = {"a": {"CPU": 0.0}, "b": {"CPU": 4.0}}
-    placement.refresh(ray.nodes())
+    available = {"a": {"CPU": 0.0}, "b": {"CPU": 4.0}}
+    placement.refresh(ray.nodes(), available=available)
     assert placement.place(CPU, {}).node == "a"  # type: ignore[union-attr]  # one look may be old
-    placement.refresh(ray.nodes())
+    placement.refresh(ray.nodes(), available=available)
     assert placement.place(CPU, {}).node == "b"  # type: ignore[union-attr]
     assert placement.place(CPU, {}, without={"b"}, only_free=True) is None
     assert placement.place(CPU, {"b": 1}).node == "a"  # type: ignore[union-attr]  # it waits there in turn
