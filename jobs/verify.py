@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Source, Spec
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from jobs.spec.verify import VerifySpec

@@ -55,7 +55,7 @@ LAYERS = [
 ]
 ENTER_BY = {
     "hydra": ["jobs/cli/compose.py", "jobs/cli/multirun.py"],
-    "ray": [f"jobs/execution/ray/{name}.py" for name in ("nodes", "start", "worker")],
+    "ray": [f"jobs/execution/ray/{name}.py" for name in ("fitting", "nodes", "placement", "start", "worker")],
     "mlflow": ["jobs/tracking/mlflow_run.py"],
     "huggingface_hub": [
         "loaders/models/hub_cache.py",

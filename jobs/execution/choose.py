@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from jobs.execution.cluster import Cluster, LocalCluster
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
+from loaders.errors import BadSpec
 from loaders.missing import absent, not_installed
 
 
@@ -21,11 +22,17 @@ def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
 
 
 def check_cluster(spec: ClusterSpec) -> None:
-    """Check that Ray is installed if units run there.
+    """Check that Ray is installed if units run there, and that no setting of its machines is given if they do not.
 
     Raises:
-        MissingLibrary: it is not.
+        MissingLibrary: it is not installed.
+        BadSpec: there is such a setting.
     """
+    if is_local(spec) and (given := spec.only_on_ray):
+        raise BadSpec(
+            f"cluster.{given[0]}: it is of Ray's machines, and units run in this process; give cluster=ray or"
+            " cluster.address"
+        )
     if is_local(spec) or not (lacks := absent("ray")):
         return
     named = "cluster.address" if spec.address else "RAY_ADDRESS in the environment"

@@ -8,8 +8,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from jobs.output.journal import Journal
 from jobs.planning.plan import Unit
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import shared_crew
 from loaders.errors import TransientIOError, WeightmillError
@@ -52,8 +53,29 @@ class Task(Protocol[R_co]):
     @property
     def gpus(self) -> int: ...
 
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def source(self) -> Address: ...
+
+    @property
+    def journals(self) -> Sequence[Journal]:
+        """The journals of the unpublished outputs that it writes to."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The bytes of its files on their way to a store, which lie in the machine's scratch folder."""
+        ...
+
+    @property
+    def by_architecture(self) -> bool:
+        """Whether CPUs of another architecture may find other bytes."""
+        ...
+
     def reach(self) -> None:
-        """Check that this process reads what the task reads, and writes where it writes.
+        """Check that this process reads what the task reads.
 
         Raises:
             WeightmillError: it does not.

@@ -90,8 +90,14 @@ class UnitTask:
 
     @property
     def backends(self) -> frozenset[str]:
-        """The backends on which its shares are encoded, and the CPU, which encodes what others cannot."""
-        return frozenset({"cpu", *(share.backend for share in self.shares.values())})
+        """The backends on which its tensors are encoded, and the CPU, which copies and encodes what others cannot."""
+        return frozenset({"cpu", *(share.encoded_on(each) for share, each in self._encodings)})
+
+    @property
+    def _encodings(self) -> Iterator[tuple[Share, Encoding]]:
+        for share in self.shares.values():
+            for placement in share.unit.outputs[share.target].placements:
+                yield share, placement.encoding
 
     @property
     def gpus(self) -> int:
@@ -103,13 +109,21 @@ class UnitTask:
         """The bytes of the weights to encode, as they are when decoded, counted once for each share."""
         return sum(tensor.spec.size for share in self.shares.values() for tensor in share.unit.tensors)
 
+    @property
+    def journals(self) -> tuple[Journal, ...]:
+        return tuple({str(share.output): share.journal for share in self.shares.values()}.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        remote = [share for share in self.shares.values() if not share.journal.destination.is_local]
+        return sum(file.size for share in remote for file in share.unit.outputs[share.target].files)
+
+    @property
+    def by_architecture(self) -> bool:
+        return any(each.action == "quantize" and each.scheme.engine == "hqq" for _, each in self._encodings)
+
     def reach(self) -> None:
         reach_source(self.source, self.unit)
-        for share in self.shares.values():
-            share.journal.check_there()
-            destination, name = share.journal.destination, f"asked-{uuid.uuid4().hex[:12]}"
-            destination.put(name, b"")
-            destination.drop(name)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)

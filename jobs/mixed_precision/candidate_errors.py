@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.execution.cluster import reach_source
+from jobs.output.journal import Journal
 from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import encoded_on, kernels_of, leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
@@ -60,6 +61,9 @@ class MeasuringTask:
     backend: str
     threads: int
     importances: Mapping[str, tuple[Importance, ...]] = field(default_factory=dict)  # by tensor
+    journals: tuple[Journal, ...] = ()  # it only measures
+    scratch_bytes: int = 0
+    by_architecture: bool = False
 
     @property
     def memory_bytes(self) -> int:

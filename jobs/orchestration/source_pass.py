@@ -25,7 +25,8 @@ from jobs.orchestration.job import Job, Pass
 from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
 from jobs.report import plan
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.tracking.mlflow_run import warm
 from jobs.tracking.recorder import Recorder
 from loaders.backends import devices_of

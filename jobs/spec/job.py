@@ -14,6 +14,7 @@ from urllib.parse import quote
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.spec.base import OUTPUTS, SIZE, Columns, FloatName, Format, Location, Source, Spec, bytes_of
+from jobs.spec.cluster import ClusterSpec
 from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
@@ -258,20 +259,6 @@ class BackendSpec(Spec):
     def asked(self) -> str:
         """The backend that is asked for: the CPU, if the choice is left open."""
         return "cpu" if self.kind == "auto" else self.kind
-
-
-class ClusterSpec(Spec):
-    """conf/cluster: the processes or machines on which units run."""
-
-    kind: Literal["auto", "local", "ray"]
-    address: str | None = Field(default=None, description="the Ray cluster to join; null starts one here")
-    threads: int | None = Field(
-        default=None, ge=1, description="threads of this process, or of a unit on Ray; by default all CPUs"
-    )
-    units_at_once: int | None = Field(
-        default=None, ge=1, description="units in flight; by default from the number of CPUs"
-    )
-    ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
 
 
 class JobSpec(Spec):

@@ -24,6 +24,7 @@ from jobs.execution.choose import choose
 from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
 from jobs.output.card_block import CARD, LIMIT
+from jobs.output.journal import Journal
 from jobs.output.publish import with_page
 from jobs.output.report import (
     FileRange,
@@ -39,7 +40,8 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.report.page import make_page
 from jobs.report.result import quality_text
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.spec.verify import JudgedSpec, VerifySpec
 from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of
@@ -82,6 +84,9 @@ class VerifyTask:
     threads: int
     gate: Gate
     gpus: int = 0
+    journals: tuple[Journal, ...] = ()  # what is verified is published
+    scratch_bytes: int = 0
+    by_architecture: bool = False
 
     @property
     def memory_bytes(self) -> int:

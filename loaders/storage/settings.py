@@ -23,6 +23,7 @@ class StoreSettings:
     at_once: int = 32  # requests in flight, at most
     patience_s: float = 300.0  # seconds over which a request that fails in passing is tried again
     timeout_s: float = 30.0  # seconds without a byte after which a request counts as failed
+    read_limit: float | None = None  # bytes a second that this process reads of weights, at most
     scratch: str | None = None  # the folder of files on their way to a store; null: the temporary folder
     scratch_mb: float = 256.0  # megabytes (1e6 bytes) of another file there; larger ones are streamed
     cache: str | None = None  # a folder where fetched ranges are kept, for all jobs that name it; null: none

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from jobs.execution.cluster import OnBytes, Task, UnitFailed
 from jobs.execution.ray.worker import run_remotely
-from loaders.storage.settings import current
 from loaders.storage.traffic import traffic
 
-BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before it has any weights
+if TYPE_CHECKING:
+    from jobs.execution.ray.placement import Spot
+
 # Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
 # by too much memory for instance, fails soon.
 WORKER_DEATHS = 3
@@ -20,16 +22,12 @@ STOP_S = 10.0  # seconds that units get to remove their part files before they a
 WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
 
 
-def memory_bytes(task: Task[Any]) -> int:
-    """Return the memory that a task requests: of a worker with its libraries, and what the unit holds."""
-    return BASE_BYTES + task.memory_bytes
-
-
 class Flight:
     """One submitted attempt at a task."""
 
-    def __init__(self, task: Task[Any], stream: Any) -> None:
+    def __init__(self, task: Task[Any], spot: Spot, stream: Any) -> None:
         self.task = task
+        self.spot = spot
         self.stream = stream
         self.launched_s = time.monotonic()
         self.node: str | None = None
@@ -39,30 +37,22 @@ class Flight:
 class Flights:
     """All submitted attempts, by their streams of messages."""
 
-    def __init__(self, ray: Any, threads: int, left_out: Sequence[str]) -> None:
+    def __init__(self, ray: Any) -> None:
         self._ray = ray
-        # Ray before 2.47 has no such option; then it is not given unless a machine is left out.
-        others = f"!in({', '.join(left_out)})"
-        self._where = {"label_selector": {"ray.io/node-id": others}} if left_out else {}
         self._flights: list[Flight] = []
-        self._threads = threads
         self._remote = ray.remote(run_remotely)
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def launch(self, task: Task[Any]) -> None:
-        remote = self._remote.options(
-            num_cpus=self._threads,
-            num_gpus=task.gpus,
-            memory=memory_bytes(task),
-            name=task.unit.id,
-            num_returns="streaming",
-            max_retries=WORKER_DEATHS,
-            scheduling_strategy="SPREAD",
-            **self._where,
-        )
-        self._flights.append(Flight(task, remote.remote(task, current())))
+    @property
+    def by_node(self) -> Counter[str]:
+        return Counter(flight.spot.node for flight in self._flights)
+
+    def launch(self, task: Task[Any], spot: Spot) -> None:
+        options = {"name": task.unit.id, "num_returns": "streaming", "max_retries": WORKER_DEATHS, **spot.options}
+        stream = self._remote.options(**options).remote(spot.task(task), spot.settings)
+        self._flights.append(Flight(task, spot, stream))
 
     def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
         """Wait up to a second for messages, count bytes, and yield the outcomes among the messages."""

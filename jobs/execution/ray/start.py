@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.execution.ray.own import OwnRay
 from jobs.spec.addresses import check_reachable
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import StorageError
 from loaders.places import ROOT

@@ -16,7 +16,8 @@ from jobs.execution.cluster import LocalCluster
 from jobs.orchestration.preflight import plan_job
 from jobs.orchestration.source_pass import units_for_gpus
 from jobs.output.journal import Journal, Record
-from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.cluster import ClusterSpec
+from jobs.spec.job import JobSpec
 from jobs.spec.strategy import StrategySpec
 from loaders.backends import fastest
 from loaders.backends.fastest import Encoded

@@ -26,7 +26,7 @@ MARK = "WEIGHTMILL_TEST_MARK"
 SERVING = """
 import json, os, sys
 from jobs.execution.ray.cluster import RayCluster
-from jobs.spec.job import ClusterSpec
+from jobs.spec.cluster import ClusterSpec
 cluster = RayCluster(ClusterSpec(kind="ray"), None)
 import ray
 ray.get(ray.remote(lambda: None).remote())
