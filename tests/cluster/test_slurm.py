@@ -148,7 +148,7 @@ class Submitted:
         """Wait for the job's end, and return what Slurm knows of it; nothing is left on the nodes."""
         wait_for(lambda: (self.units(), self.state in OVER)[1], 150, f"the end: {self.said}")
         self.slurm.wait_until_idle()
-        assert self.slurm.left == []
+        wait_for(lambda: self.slurm.left == [], 10, "the nodes to be as before")  # workers see soon that Ray is gone
         return self.slurm.about(self.id)
 
 

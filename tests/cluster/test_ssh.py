@@ -119,7 +119,8 @@ def test_hosts_are_compared_started_used_and_stopped(hosts: list[Host], model: A
     token = Path(variables["RAY_AUTH_TOKEN_PATH"]).read_text()
     with (tmp_path / "said").open("w") as said:
         job = first.start(
-            *command, *SETTINGS, "tracking=none", environment=variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            *command, *SETTINGS, "tracking=none", environment=variables, stdin=subprocess.DEVNULL,
+            stdout=said, stderr=said,
         )  # fmt: skip
         workers, seen = set(), list[str]()
         while job.poll() is None:
