@@ -55,7 +55,7 @@ LAYERS = [
 ]
 ENTER_BY = {
     "hydra": ["jobs/cli/compose.py", "jobs/cli/multirun.py"],
-    "ray": [f"jobs/execution/ray/{name}.py" for name in ("fitting", "nodes", "placement", "start", "worker")],
+    "ray": [f"jobs/execution/ray/{name}.py" for name in ("fitting", "nodes", "placement", "start")],
     "mlflow": ["jobs/tracking/mlflow_run.py"],
     "huggingface_hub": [
         "loaders/models/hub_cache.py",
@@ -220,6 +220,8 @@ OPENS_PATHS = {
     "jobs/cli/rules_file.py": "rules that a person keeps in a file",
     "jobs/cli/sweep_folders.py": "folders of sweeps, which hold a copy of the request",
     "jobs/execution/ray/own.py": "Ray's own folder and its logs",
+    "jobs/execution/ray/processes.py": "/proc, and Ray's own folder",
+    "jobs/execution/ray/worker.py": "/proc",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
     "jobs/output/former_root.py": "the folder of outputs that earlier versions made",

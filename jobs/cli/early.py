@@ -36,7 +36,7 @@ def be_program() -> None:
 
 def watch() -> None:
     """Watch over the imports that follow."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # What a parent has had ignored stays so.
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, _stop)

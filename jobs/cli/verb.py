@@ -98,8 +98,11 @@ class Verb(Generic[S]):
             return status
 
     def _checked(self, given: list[str], *, as_json: bool) -> int:
-        # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
+        # Schedulers stop jobs by SIGTERM, and a terminal that closes does so by SIGHUP, which nohup has ignored. They
+        # then raise KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         imported()
         try:
             have_home()

@@ -13,7 +13,7 @@ from jobs.planning.plan import Unit
 from jobs.spec.cluster import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import shared_crew
-from loaders.errors import TransientIOError, WeightmillError
+from loaders.errors import StorageError, TransientIOError, WeightmillError
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.words import counted
@@ -49,6 +49,11 @@ class Task(Protocol[R_co]):
 
     @property
     def memory_bytes(self) -> int: ...
+
+    @property
+    def work_bytes(self) -> int:
+        """The bytes that `on_bytes` is told in all; of what is shared with another tensor maybe more."""
+        ...
 
     @property
     def gpus(self) -> int: ...
@@ -89,6 +94,10 @@ def reach_source(source: Address, unit: Unit) -> None:
     """Read a byte of a unit's source, in the version that it was planned for. Errors as `Store.read`."""
     for entry in unit.sources[:1]:
         open_store(source).read(entry, 0, min(1, entry.size))
+
+
+class ClusterLost(StorageError):
+    """The cluster is gone, or has no machine left. What is done is kept, for the same command on another one."""
 
 
 @dataclass(frozen=True, slots=True)

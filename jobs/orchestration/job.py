@@ -310,6 +310,11 @@ class Job:
             self._tidy()
 
     @property
+    def kept(self) -> tuple[int, int]:
+        """The units with a record, and all units."""
+        return self.planned.journal.count, len(self.planned.plan.units)
+
+    @property
     def how_to_go_on(self) -> str:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (

@@ -15,7 +15,7 @@ from typing import Any
 from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
 from jobs.execution.choose import choose
-from jobs.execution.cluster import Cluster, LocalCluster, UnitFailed
+from jobs.execution.cluster import Cluster, ClusterLost, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
@@ -241,6 +241,10 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
                 job.settle()
         if killed and len(jobs) == 1 and jobs[0].planned.journal.count:
             raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
+        if isinstance(error, ClusterLost):
+            done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
+            how = f"run the same command against a cluster: {done} of {units} units are done"
+            raise ClusterLost(f"{error}; {how}") from error
         raise
 
 

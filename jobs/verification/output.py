@@ -92,6 +92,10 @@ class VerifyTask:
     def memory_bytes(self) -> int:
         return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self.output_strategy.held_bytes
 
+    @property
+    def work_bytes(self) -> int:
+        return self.unit.source_bytes
+
     def reach(self) -> None:
         reach_source(self.source, self.unit)
         PinnedFiles(open_store(self.output)).entry(OUR_REPORT)

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_job_is_run_verified_and_done_already_in_silence(
     folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     hook, argv, settings, environment = sys.excepthook, [*sys.argv], current(), dict(os.environ)
     with caplog.at_level(logging.INFO, "weightmill"):
         made = weightmill.run(model="demo", quant="nf4", output="OUT", **QUIET)

@@ -65,7 +65,7 @@ class Answer:
     wrote: str = ""
 
 
-def ask_remotely(question: Question, settings: StoreSettings) -> Answer:
+def look_remotely(question: Question, settings: StoreSettings) -> Answer:
     """Answer on a Ray worker, with the driver's settings of stores."""
     use(settings)
     facts = Facts()

@@ -5,128 +5,188 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.execution.cluster import OnBytes, Task, UnitFailed
-from jobs.execution.ray.worker import run_remotely
-from loaders.storage.traffic import traffic
+from jobs.execution.cluster import Task
+from jobs.execution.ray.pace import Progress
+from jobs.execution.ray.processes import end_remotely
+from jobs.execution.ray.worker import PROGRESS_S, Message, ask_remotely, run_remotely
+from loaders.storage.settings import current
 
 if TYPE_CHECKING:
     from jobs.execution.ray.placement import Spot
 
-# Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
-# by too much memory for instance, fails soon.
-WORKER_DEATHS = 3
-STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
 WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
+STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
+GET_S = 1.0  # seconds to wait for a message that is announced; its machine may be gone by now
+# With many streams, messages are taken in rounds, so that the cost of looking at all streams is shared by many of them.
+PAUSE_S = 2e-5  # seconds between two rounds, for each stream
+MESSAGES_A_SECOND = 400  # in all; with more attempts in flight, each tells its progress less often
 
 
 class Flight:
-    """One submitted attempt at a task."""
+    """One Ray task: attempts at some units, one after another, on one machine.
 
-    def __init__(self, task: Task[Any], spot: Spot, stream: Any) -> None:
-        self.task = task
+    `left` has the tasks without an outcome. `unit` is the one at work, and `progress` its progress, or before the first
+    one that of the worker's start.
+    """
+
+    def __init__(self, tasks: Sequence[Task[Any]], spot: Spot, stream: Any) -> None:
+        self.left = {task.unit.id: task for task in tasks}
         self.spot = spot
         self.stream = stream
-        self.launched_s = time.monotonic()
-        self.node: str | None = None
-        self.counted = 0
+        self.unit: str | None = None
+        self.progress = Progress(time.monotonic(), 0)
+        self.pid: int | None = None  # of its worker, once that has begun
+        self.is_short = False  # whether its machine had little memory left when it was last heard of
+        self.is_stuck = False
+        self.cancelled_s: float | None = None
+        self.was_killed = False
+        self.late: Any = None  # a message that was announced and has not come
+
+    def begin(self, unit: str) -> None:
+        self.unit = unit
+        self.progress = Progress(time.monotonic(), self.left[unit].work_bytes if unit in self.left else 0)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is not waited for: its outcome is no longer needed, or it is stuck."""
+        return self.is_stuck or self.cancelled_s is not None
 
 
 class Flights:
-    """All submitted attempts, by their streams of messages."""
+    """All submitted attempts."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._flights: list[Flight] = []
+        self._by_stream: dict[Any, Flight] = {}
         self._remote = ray.remote(run_remotely)
+        self._end = ray.remote(end_remotely)
+        self._ask = ray.remote(ask_remotely)
+        self.by_node: Counter[str] = Counter()  # room that is taken: also by attempts that were given up without an end
+        self._ghosts: Counter[str] = Counter()  # of these, by machine
+        self._asked: list[Any] = []  # tasks that end workers, which nobody waits for
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._by_stream)
 
-    @property
-    def by_node(self) -> Counter[str]:
-        return Counter(flight.spot.node for flight in self._flights)
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._by_stream.values()))
 
-    def launch(self, task: Task[Any], spot: Spot) -> None:
-        options = {"name": task.unit.id, "num_returns": "streaming", "max_retries": WORKER_DEATHS, **spot.options}
-        stream = self._remote.options(**options).remote(spot.task(task), spot.settings)
-        self._flights.append(Flight(task, spot, stream))
+    def launch(self, tasks: Sequence[Task[Any]], spot: Spot) -> Flight:
+        """Submit attempts on a machine. Ray repeats nothing by itself: who launches again knows where, and why."""
+        remote = self._remote.options(name=tasks[0].unit.id, num_returns="streaming", max_retries=0, **spot.options)
+        every_s = max(PROGRESS_S, len(self) / MESSAGES_A_SECOND)
+        sent = remote.remote([spot.task(task) for task in tasks], spot.settings, every_s)
+        flight = Flight(tasks, spot, sent)
+        self._by_stream[flight.stream] = flight
+        self.by_node[spot.node] += 1
+        return flight
 
-    def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
-        """Wait up to a second for messages, count bytes, and yield the outcomes among the messages."""
-        if not self._flights:
-            time.sleep(0.1)
+    def messages(self, timeout_s: float) -> Iterator[tuple[Flight, Message | Exception | None]]:
+        """Wait for messages and yield them; of a flight that has ended its error, or None if it came to its end."""
+        if not self._by_stream:
+            time.sleep(min(timeout_s, 0.1))
             return
-        by_stream = {flight.stream: flight for flight in self._flights}
-        ready, _ = self._ray.wait(list(by_stream), num_returns=1, timeout=1.0, fetch_local=False)
+        streams = list(self._by_stream)
+        ready, _ = self._ray.wait(streams, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready and len(streams) > 1:
+            time.sleep(PAUSE_S * len(streams))
+            ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
         for stream in ready:
-            flight = by_stream[stream]
-            outcome = self._message(flight, on_bytes)
-            if outcome is not None:
-                self._flights.remove(flight)
-                yield flight.task.unit.id, outcome
+            if (flight := self._by_stream.get(stream)) is None:
+                continue  # dropped by what came before
+            try:
+                flight.late = flight.late or next(stream)
+                message = self._ray.get(flight.late, timeout=GET_S)
+            except StopIteration:
+                self.drop(flight)
+                yield flight, None
+            except self._ray.exceptions.GetTimeoutError:
+                continue
+            except self._ray.exceptions.RayError as error:
+                self.drop(flight)
+                yield flight, error
+            else:
+                flight.late = None
+                yield flight, message
 
-    def _message(self, flight: Flight, on_bytes: OnBytes) -> Any | None:
-        try:
-            kind, value = self._ray.get(next(flight.stream))
-        except StopIteration:
-            return UnitFailed(flight.task.unit.id, "its worker ended without a report")
-        except self._ray.exceptions.RayError as error:
-            on_bytes(-flight.counted)
-            return UnitFailed(flight.task.unit.id, said_by_ray(error))
-        if kind == "node":
-            # Ray has retried the task, which counts all bytes again.
-            on_bytes(-flight.counted)
-            flight.node, flight.counted = value, 0
-        elif kind == "moved":
-            traffic(WORKERS).moved(**value)
-        elif kind == "bytes":
-            flight.counted += value
-            on_bytes(value)
-        else:
-            return value
-        return None
+    def drop(self, flight: Flight) -> None:
+        """Hear no more of a flight."""
+        if self._by_stream.pop(flight.stream, None) is not None:
+            self.by_node[flight.spot.node] -= 1
+            if not self.by_node[flight.spot.node]:
+                del self.by_node[flight.spot.node]
 
-    def forget(self, unit: str) -> None:
-        """Cancel other attempts at a unit that has finished."""
-        for flight in [f for f in self._flights if f.task.unit.id == unit]:
-            self._cancel(flight, force=False)
-            self._flights.remove(flight)
+    def give_up(self, flight: Flight) -> None:
+        """Hear no more of a flight that does not end, and takes room until its machine answers, or is gone."""
+        self.drop(flight)
+        self.by_node[flight.spot.node] += 1
+        self._ghosts[flight.spot.node] += 1
 
-    def lost(self, dead: dict[str, float]) -> list[Task[Any]]:
-        """Cancel the attempts on dead machines, and those that may be stuck on the way to one; returns their tasks.
+    def forget(self, node: str) -> None:
+        """Forget what was given up on a machine."""
+        if gone := self._ghosts.pop(node, 0):
+            self.by_node[node] -= gone
+            if not self.by_node[node]:
+                del self.by_node[node]
 
-        A flight without a node has not reported where it runs; if it was submitted before a machine died, it may have
-        been sent there.
-        """
-        if not dead:
+    def ask(self, flight: Flight) -> Any:
+        """Ask the machine of a flight beside it whether it can do the work; see `answered`."""
+        task = next(iter(flight.left.values()))
+        return self._ask.options(num_cpus=0, max_retries=0, **_where(flight)).remote(task, current())
+
+    def answered(self, asked: Mapping[str, Any]) -> list[str]:
+        """Return the machines, of those that were asked, that can work."""
+        if not asked:
             return []
-        latest = max(dead.values())
-        gone = [f for f in self._flights if f.node in dead or (f.node is None and f.launched_s < latest)]
-        for flight in gone:
-            self._cancel(flight, force=True)
-            self._flights.remove(flight)
-        return [flight.task for flight in gone]
+        ready, _ = self._ray.wait(list(asked.values()), num_returns=len(asked), timeout=0)
+        found = []
+        for node, answer in asked.items():
+            if answer in ready:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    if self._ray.get(answer, timeout=GET_S) == "":
+                        found.append(node)
+        return found
 
-    def cancel(self) -> None:
-        """Ask all attempts to stop, wait until they have removed their part files, then kill those that are left."""
-        for flight in self._flights:
-            self._cancel(flight, force=False)
-        deadline = time.monotonic() + STOP_S
-        for flight in self._flights:
-            # The stream of a cancelled task ends in one of several errors; any of them means that it has stopped.
+    def cancel(self, flight: Flight) -> None:
+        """Ask a flight to stop; its unit then removes its part files."""
+        if flight.cancelled_s is None:
+            flight.cancelled_s = time.monotonic()
+            # It has ended by itself, or its machine is gone.
             with contextlib.suppress(Exception):
-                while time.monotonic() < deadline:
-                    self._ray.get(flight.stream._next_sync(timeout_s=deadline - time.monotonic()))
-            self._cancel(flight, force=True)
-        self._flights.clear()
+                self._ray.cancel(flight.stream, force=False)
 
-    def _cancel(self, flight: Flight, *, force: bool) -> None:
-        # The attempt has ended by itself, or its machine is gone.
+    def kill(self, flight: Flight) -> None:
+        """End a flight's worker. Ray asks it to end; a stopped process does not hear that, so another task kills it."""
+        flight.was_killed = True
         with contextlib.suppress(Exception):
-            self._ray.cancel(flight.stream, force=force)
+            self._ray.cancel(flight.stream, force=True)
+        if flight.pid is not None:
+            with contextlib.suppress(Exception):
+                options = self._end.options(num_cpus=0, max_retries=0, **_where(flight))
+                self._asked.append(options.remote(flight.pid))
+
+    def close(self, stop_s: float = STOP_S) -> None:
+        """Ask all attempts to stop, wait until they have removed their part files, then kill those that are left."""
+        for flight in self:
+            self.cancel(flight)
+        deadline = time.monotonic() + stop_s
+        while any(not f.is_stuck for f in self) and time.monotonic() < deadline:
+            for _ in self.messages(min(0.2, stop_s)):
+                pass
+        if left := list(self):
+            for flight in left:
+                self.kill(flight)
+            with contextlib.suppress(Exception):
+                self._ray.wait(self._asked, num_returns=len(self._asked), timeout=stop_s)
+        self._by_stream.clear()
+
+
+def _where(flight: Flight) -> dict[str, Any]:
+    """The option of a Ray task that runs it on the machine of a flight."""
+    return {"scheduling_strategy": flight.spot.options["scheduling_strategy"]}
 
 
 def said_by_ray(error: Exception) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.execution.cluster import Task
-from jobs.execution.ray.asking import Answer, Facts, Question, ask_remotely, files_of, journals_of, seen
+from jobs.execution.ray.asking import Answer, Facts, Question, files_of, journals_of, look_remotely, seen
 from jobs.execution.ray.flights import said_by_ray
 from jobs.execution.ray.machines import Machine
 from loaders.errors import StorageError
@@ -55,12 +55,16 @@ class Looks:
         )
         for journal in self._journals:
             journal.destination.put(self._question.name, self._question.token)
-        self._remote = ray.remote(ask_remotely)
+        self._remote = ray.remote(look_remotely)
 
     @property
     def under_way(self) -> set[str]:
         """The ids of the machines that have not answered yet."""
         return {asked.machine.id for asked in self._asked.values()}
+
+    def forget(self, machines: Collection[str]) -> None:
+        """Wait no longer for machines that are gone."""
+        self._asked = {sent: asked for sent, asked in self._asked.items() if asked.machine.id not in machines}
 
     def ask(self, machine: Machine) -> None:
         """Send the question to a machine."""

@@ -13,12 +13,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from jobs.cli.verb import note
+from jobs.execution.ray.processes import MARK, guard
 from loaders.errors import StorageError
 
 STORE_BYTES = 100 << 20  # bytes of Ray's object store, which holds only messages: tensors never enter it
@@ -45,6 +46,7 @@ class OwnRay:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self.folder = self._stack.enter_context(_folder())
+        self._stack.enter_context(_guarded(self.folder))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._stack.enter_context(_environment({LOOPBACK: "0", **token}))
 
@@ -60,6 +62,10 @@ class OwnRay:
         """Have Ray, which may have been imported before, take the environment of now."""
         self._stack.callback(_reread, ray)
         _reread(ray)
+
+    def marked(self) -> AbstractContextManager[None]:
+        """Within the block, processes that start bear the mark by which the cluster's guard knows them."""
+        return _environment({MARK: str(self.folder)})
 
     def check(self, address: str) -> None:
         """Check that Ray has obeyed.
@@ -84,6 +90,16 @@ class OwnRay:
         self._stack.close()
 
 
+@contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Have a process that kills the cluster's own when the block ends, or this process does, in whatever way."""
+    guarding = guard(folder, keep=NAMED in os.environ)
+    try:
+        yield
+    finally:
+        guarding.communicate()
+
+
 def _reread(ray: Any) -> None:
     """Have Ray read again what it has read from the environment when it was imported."""
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK, "1") != "0"
@@ -94,7 +110,8 @@ def _reread(ray: Any) -> None:
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     # A file of a token would say another than the one that is made here.
-    before = {name: os.environ.pop(name, None) for name in (*values, "RAY_AUTH_TOKEN_PATH")}
+    others = ("RAY_AUTH_TOKEN_PATH",) if "RAY_AUTH_TOKEN" in values else ()
+    before = {name: os.environ.pop(name, None) for name in (*values, *others)}
     os.environ.update(values)
     try:
         yield

@@ -154,22 +154,19 @@ class Placement:
         most = sum(machine.units(self._need(machine), self._spec) for machine in self._machines.values())
         return self._spec.read_limit / max(1, min(most, self._left, self._spec.units_at_once or most))
 
-    def hopeless(self, task: Task[Any], *, without: Collection[str] = (), memory_times: int = 1) -> str | None:
-        """Return why no machine will ever take a task, or None if one can, or may yet.
-
-        Machines in `without` do not count.
-        """
-        if self._looks is not None and self._looks.under_way:
+    def hopeless(self) -> str | None:
+        """Return why no unit will ever run, or None if machines are left, or are asked, or none was left out."""
+        if self._machines or not self._out or (self._looks is not None and self._looks.under_way):
             return None
-        for machine in self._machines.values():
-            need = Need.of(task, machine.threads(self._threads), memory_times)
-            if machine.id not in without and machine.units(need, self._spec) > 0:
-                return None
-        others = [machine for machine in self._machines.values() if machine.id not in without]
-        if others:
-            return f"no machine has {Need.of(task, others[0].threads(self._threads), memory_times)}"
-        last = next(reversed(self._out.values()), "")
-        return f"no other machine is left{f'; the last was left out: {last}' if last else ''}"
+        return f"no machine is left; the last was left out: {next(reversed(self._out.values()))}"
+
+    def is_crowded(self, node: str) -> bool:
+        """Whether attempts wait on a machine for CPUs that other jobs use."""
+        machine = self._machines.get(node)
+        if machine is None:
+            return False
+        taken = self._flying.get(node, 0) * machine.threads(self._threads)
+        return taken > 0 and self._others.on(node) > 0 and taken + self._others.on(node) > machine.cpus
 
     # --- which machines take part
 
@@ -182,19 +179,33 @@ class Placement:
         alive = {machine.id: machine for machine in (Machine.of(node) for node in nodes if node["Alive"])}
         self._machines = {name: machine for name, machine in self._machines.items() if name in alive}
         if self._is_joined:
-            known = {*self._machines, *self._out, *(self._looks.under_way if self._looks else ())}
+            looks = self._look()
+            looks.forget(looks.under_way - {*alive})
+            known = {*self._machines, *self._out, *looks.under_way}
             for machine in alive.values():
                 if machine.id not in known and machine.fits(self._spec):
-                    self._look().ask(machine)
-            self._admit(self._look().answered())
+                    looks.ask(machine)
+            self._admit(looks.answered())
             self._see_others()
             self._scaling.want(self._bundles[: self._left])
 
-    def doubt(self, node: str) -> None:
-        """Ask a machine again on which a unit has failed. Until it has answered, nothing is placed there."""
+    def doubt(self, node: str) -> bool:
+        """Ask a machine again on which a unit has failed; returns whether to wait for its answer, which `is_out` tells.
+
+        Where no other machine could do the unit, it is not asked. Until it has answered, nothing is placed there.
+        """
+        if not self._is_joined or node in self._out or len(self._machines) < 2:
+            return False
         machine = self._machines.pop(node, None)
         if machine is not None:
             self._look().ask(machine)
+        return True
+
+    def is_out(self, node: str) -> bool | None:
+        """Whether a machine is left out, or gone; None while it is asked."""
+        if self._looks is not None and node in self._looks.under_way:
+            return None
+        return node not in self._machines
 
     def _look(self) -> Looks:
         if self._looks is None:

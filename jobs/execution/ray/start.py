@@ -22,12 +22,16 @@ def connect(spec: ClusterSpec, address: str | None, own: OwnRay | None) -> Any:
     Raises:
         StorageError: it cannot be joined, or does not start.
     """
-    # Ray would retry a task that is out of memory for ever.
-    os.environ.setdefault("RAY_task_oom_retries", "2")
+    # Ray would retry a task that is out of memory for ever. It is repeated with more, see dispatch.py.
+    os.environ.setdefault("RAY_task_oom_retries", "0")
+    # After a minute without the head, Ray ends this process at once, in the middle of whatever it does. `Watch` ends
+    # the job before; then there is time to tidy up.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
     # Tasks that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is. This is Ray 2.60's default; older versions clear it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    _silence(ray)
     stops = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if own is None:
@@ -60,9 +64,10 @@ def _start_own(ray: Any, options: dict[str, Any], own: OwnRay) -> None:
     path = os.pathsep.join([str(ROOT), *_inherited_path()])
     own.enter(ray)
     try:
-        made = ray.init(
-            **options, **own.options, num_cpus=usable_cpus(), runtime_env={"env_vars": {"PYTHONPATH": path}}
-        )
+        with own.marked():
+            made = ray.init(
+                **options, **own.options, num_cpus=usable_cpus(), runtime_env={"env_vars": {"PYTHONPATH": path}}
+            )
         own.check(made.address_info["gcs_address"])
     # Ray raises an Exception of no class of its own when one of its processes does not start.
     except Exception as error:
@@ -72,6 +77,15 @@ def _start_own(ray: Any, options: dict[str, Any], own: OwnRay) -> None:
         raise StorageError(
             f"cluster: Ray does not start here ({own.reason(error)}); cluster=local runs in this process"
         ) from error
+
+
+def _silence(ray: Any) -> None:
+    """Keep messages of raylets, each of many lines, from standard output; what matters of them is said by dispatch.py.
+
+    Ray 2.60 prints them whatever its options say, on a thread that looks this function up.
+    """
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _inherited_path() -> list[str]:

@@ -1,32 +1,66 @@
-"""A watch for machines of a Ray cluster that die."""
+"""A watch for what becomes of a Ray cluster: machines that die or are about to leave, and a head that is silent."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.execution.cluster import ClusterLost
+
 WATCH_S = 2.0  # seconds between two looks
+ASK_S = 3.0  # seconds that the head has to say that it is there
+# Seconds without a word from the head after which the job ends. Ray's own patience is a minute, see start.py; what it
+# does then ends the process at once.
+SILENT_S = 40.0
 
 
 class Watch:
-    """A watch for machines that die, on a thread of its own, since asking Ray can block."""
+    """A watch on a thread of its own, since asking Ray can block.
 
-    def __init__(self, ray: Any) -> None:
-        self.dead: dict[str, float] = {}
+    `nodes` is the latest list of the cluster's machines (`ray.nodes()`), `dead` has those that died since the watch
+    began, and `leaving` those that drain: a notice was given that they will go.
+    """
+
+    def __init__(self, ray: Any, where: str) -> None:
         self._ray = ray
-        self._known = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        self._where = where
+        self.nodes: Sequence[Mapping[str, Any]] = ray.nodes()
+        self.dead: dict[str, float] = {}
+        self.leaving: frozenset[str] = frozenset()
+        self._known = {node["NodeID"] for node in self.nodes if not node["Alive"]}
+        self._heard_s = time.monotonic()
         self._stop = threading.Event()
-        threading.Thread(target=self._look, name="ray-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(WATCH_S):
+            # The head may not answer while a machine dies, or at all; the next look asks again.
+            with contextlib.suppress(Exception):
+                self._look()
 
     def _look(self) -> None:
-        while not self._stop.wait(WATCH_S):
-            # Ray may not answer while a machine dies; the next look asks again.
-            with contextlib.suppress(Exception):
-                for node in self._ray.nodes():
-                    if not node["Alive"] and node["NodeID"] not in self._known:
-                        self.dead.setdefault(node["NodeID"], time.monotonic())
+        # Without a limit of time, other questions wait until Ray ends the process.
+        self._ray._private.worker.global_worker.gcs_client.check_alive([], timeout=ASK_S)
+        nodes = self._ray.nodes()
+        self._heard_s = time.monotonic()
+        for node in nodes:
+            if not node["Alive"] and node["NodeID"] not in self._known:
+                self.dead.setdefault(node["NodeID"], self._heard_s)
+        self.nodes = nodes
+        self.leaving = frozenset(self._ray._private.state.state.get_draining_nodes())
+
+    def check(self) -> None:
+        """Check that the cluster still has its head.
+
+        Raises:
+            ClusterLost: nothing was heard of it for SILENT_S.
+        """
+        silent = time.monotonic() - self._heard_s
+        if silent > SILENT_S:
+            raise ClusterLost(f"cluster: the head of {self._where} has not answered for {silent:.0f} s")
 
     def close(self) -> None:
         self._stop.set()

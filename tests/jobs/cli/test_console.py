@@ -162,7 +162,7 @@ def test_what_is_printed_goes_to_no_file_of_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["pydantic", "jobs.spec.job"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_of_the_first_second_is_one_line(module: str, number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "jobs.run", "tracking=none"]
     with subprocess.Popen(

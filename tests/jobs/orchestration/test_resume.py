@@ -222,7 +222,7 @@ def test_a_kill_between_publishing_and_cleaning_up_is_finished_by_the_same_comma
     assert "done already" in weightmill("run", *arguments(source, out)).out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_no_half_file_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
     slow = (
