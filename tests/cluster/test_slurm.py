@@ -204,3 +204,16 @@ def test_settings_that_are_refused_fail_the_job(slurm: Slurm, tmp_path: Path) ->
     about = job.end()
     assert (about["JobState"], about["ExitCode"]) == ("FAILED", "2:0"), job.said
     assert "expected a folder of weights at /nowhere" in job.said
+
+
+@pytest.mark.cluster
+def test_a_node_that_dies_ends_neither_job_nor_allocation(
+    slurm: Slurm, model: Any, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    job = Submitted(slurm, tmp_path, settings=settings)
+    job.wait_for_units(2)
+    slurm.network.hosts[2].off()  # for good: this is the last test
+    wait_for(lambda: (job.units(), job.state in OVER)[1], 150, f"the end: {job.said}")
+    assert job.state == "COMPLETED", job.said
+    assert hashed(job.out.parent) == model.wanted
+    assert hidden(job.out.parent) == []
