@@ -159,3 +159,18 @@ def test_what_is_sent_has_the_code_and_not_the_rest() -> None:
     assert not {"conf", "jobs", "loaders", "hydra_plugins", "weightmill"} & {*found["excludes"]}
     inside = yaml.safe_load(yaml.safe_load(RAYJOB.read_text())["spec"]["runtimeEnvYAML"])
     assert inside["env_vars"] == found["env_vars"]
+
+
+# --- Ray's settings
+
+
+@pytest.mark.quick
+def test_recipes_and_page_have_the_same_health_checks_and_no_keepalive() -> None:
+    """Short keepalives of gRPC end healthy workers after some minutes."""
+    setting = re.compile(r"RAY_health_check_(\w+?)_?(?:ms)?(?:=|\W+(?:value\W+)?)(\d+)")
+    found = {path.name: dict(setting.findall(path.read_text())) for path in FILES}
+    wanted = {"period": "3000", "timeout": "5000", "failure_threshold": "3"}
+    assert {name: each for name, each in found.items() if each} == {
+        name: wanted for name in ("cluster", "job.sbatch", "rayjob.yaml", "clusters.md")
+    }
+    assert [path.name for path in FILES if "keepalive" in path.read_text()] == ["clusters.md"]
