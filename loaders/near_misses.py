@@ -160,6 +160,10 @@ def meant(name: str, known: Iterable[str]) -> str | None:
     ending = [each for each in names if wanted and each.endswith(f"_{wanted}")]
     if len(ending) == 1:
         return names[ending[0]]
+    # Two letters that were typed the wrong way round are nearer than any others.
+    swapped = (wanted[:at] + wanted[at + 1] + wanted[at] + wanted[at + 2 :] for at in range(len(wanted) - 1))
+    if (found := next((each for each in swapped if each in names), None)) is not None:
+        return names[found]
     close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
     return names[close[0]] if close else None
 

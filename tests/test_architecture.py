@@ -23,7 +23,7 @@ FILES = sorted(
 # The layers from top to bottom. A module may import from its own folder and from the lines below. A word is a folder,
 # or a file at the top of `jobs` or `loaders`.
 JOBS = """
-__main__ bench clean compare diff inspect lint plan recommend run verify
+__main__ bench clean compare diff inspect lint list plan recommend run status track verify
 benchmarks
 orchestration
 tracking

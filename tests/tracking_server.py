@@ -17,8 +17,8 @@ from tests.processes import start
 
 @contextmanager
 def tracking_server(folder: Path) -> Iterator[str]:
-    """Run a server during the block; yields its HOST:PORT."""
-    folder.mkdir()
+    """Run a server during the block; yields its HOST:PORT. One that ran over the same folder before goes on so."""
+    folder.mkdir(exist_ok=True)
     with start("-m", "tests.tracking_server", folder, stdin=subprocess.PIPE, stderr=None) as server:
         assert server.stdout is not None
         assert server.stdin is not None

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from weightmill.results import LintResult as LintResult
     from weightmill.results import PlannedTensor as PlannedTensor
     from weightmill.results import Result as Result
+    from weightmill.results import StatusResult as StatusResult
     from weightmill.results import SweepResult as SweepResult
     from weightmill.results import VerifyResult as VerifyResult
     from weightmill.verbs import compare as compare
     from weightmill.verbs import inspect as inspect
     from weightmill.verbs import lint as lint
+    from weightmill.verbs import list_outputs as list_outputs
     from weightmill.verbs import plan as plan
     from weightmill.verbs import run as run
+    from weightmill.verbs import status as status
+    from weightmill.verbs import track as track
     from weightmill.verbs import verify as verify
 
     __version__: str
@@ -32,14 +36,24 @@ if TYPE_CHECKING:
 # What is added to the library's list, which is the other part of the list of public names:
 # tests/weightmill/test_public_names.py holds both.
 _OWN = {
-    "results": ("JobPlan", "JobResult", "LintResult", "PlannedTensor", "Result", "SweepResult", "VerifyResult"),
-    "verbs": ("compare", "inspect", "lint", "plan", "run", "verify"),
+    "results": (
+        "JobPlan",
+        "JobResult",
+        "LintResult",
+        "PlannedTensor",
+        "Result",
+        "StatusResult",
+        "SweepResult",
+        "VerifyResult",
+    ),
+    "verbs": ("compare", "inspect", "lint", "list_outputs", "plan", "run", "status", "track", "verify"),
 }
 _PLACE_OF = {name: f"weightmill.{module}" for module, names in _OWN.items() for name in names}
 _PUBLIC = sorted({"__version__", *_PLACE_OF, *loaders.__all__})
 # What is a command, and no function.
 _COMMANDS = {
     "recommend": "get_recommended_loader_config recommends in a program",
+    "list": "list_outputs lists in a program",
     **{verb: f"it is a command: `weightmill {verb}`" for verb in ("bench", "clean", "diff")},
 }
 

@@ -193,6 +193,28 @@ class JobPlan(Result):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class StatusResult(Result):
+    """How a job or an output stands.
+
+    state: "complete", "running", "silent" (its driver is frozen, or its machine is gone), "stopped" or "failed".
+    units_done: of `units`, which is None where that is not known; both are None of what is complete.
+    """
+
+    output: str
+    state: str
+    units_done: int | None
+    units: int | None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state == "complete"
+
+    def _line(self) -> str:
+        units = "" if self.units_done is None else f", {self.units_done} of {self.units or 'some'} units are done"
+        return f"{self.output}: {self.state}{units}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Checked(Result):
     """What a check of an output found. It is true if there are no faults."""
 

@@ -21,7 +21,7 @@ from loaders.errors import BadSpec, settings_called
 from loaders.progress import OnProgress
 from loaders.storage.settings import current, use
 from weightmill.request import is_sweep, request_of
-from weightmill.results import JobPlan, JobResult, LintResult, Result, SweepResult, VerifyResult
+from weightmill.results import JobPlan, JobResult, LintResult, Result, StatusResult, SweepResult, VerifyResult
 
 Settings = Mapping[str, Any]
 PathLike = str | os.PathLike[str]
@@ -186,6 +186,52 @@ def compare(*runs: PathLike, settings: Settings | None = None, **others: Any) ->
             " argument of its own: compare(*runs)"
         )
     return _ask(VERB, _all(settings, others, runs=[os.fspath(each) for each in runs] or None), _result)
+
+
+def status(output: PathLike | None = None, settings: Settings | None = None, **others: Any) -> StatusResult:
+    """Say how a job or an output stands, as `weightmill status` does: from its journal, on any machine, at any time.
+
+    Raises:
+        BadSpec: there is neither an output nor a journal of one.
+        StorageError: the place cannot be read.
+    """
+    from jobs.status import VERB
+
+    def found(said: Said, notes: tuple[str, ...]) -> StatusResult:
+        document = said.document
+        units = document["units"] or {}
+        return StatusResult(
+            said=said, notes=notes, output=document["output"], state=document["state"], units_done=units.get("done"),
+            units=units.get("total"),
+        )  # fmt: skip
+
+    return _ask(VERB, _all(settings, others, output=_place("output", output)), found)
+
+
+def list_outputs(root: PathLike | None = None, settings: Settings | None = None, **others: Any) -> Result:
+    """List the outputs and unfinished jobs in a folder, as `weightmill list` does: `document["outputs"]` has them.
+
+    root: ./outputs by default.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    from jobs.list import VERB
+
+    where = None if root is None else {"root": _place("root", root)["path"]}
+    return _ask(VERB, _all(settings, others, output=where), _result)
+
+
+def track(output: PathLike | None = None, settings: Settings | None = None, **others: Any) -> Result:
+    """Send a finished output's numbers to MLflow, as `weightmill track` does; twice is harmless.
+
+    Raises:
+        BadSpec: there is no output.
+        StorageError: MLflow did not take all of it.
+    """
+    from jobs.track import VERB
+
+    return _ask(VERB, _all(settings, others, output=_place("output", output)), _result)
 
 
 def _result(said: Said, notes: tuple[str, ...]) -> Result:

@@ -7,7 +7,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "compare", "recommend", "clean", "bench")
+VERBS = (
+    "run", "plan", "status", "list", "verify", "lint", "inspect", "diff", "compare", "track", "recommend", "clean",
+    "bench",
+)  # fmt: skip
 # The completion function for bash. Bash splits words at "=" unless COMP_WORDBREAKS says otherwise, so a completed
 # "key=value" must be given back without its "key=". zsh runs the same function through bashcompinit.
 SCRIPT = """\

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jobs.cli.console import console
 from jobs.cli.listening import LISTENER
@@ -19,26 +19,50 @@ from loaders.progress import Progress as Told
 from loaders.storage.traffic import moved_bytes
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
+    from rich.text import Text
 
 # Seconds before the first line and between lines, where there is no terminal: the first soon, to show that the job
 # runs; later ones rarely, so that a log of hours stays short.
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
+LOOK_S = 0.5  # seconds between two looks at what flies
 TOLD_S = 0.1  # seconds between two calls of a program's function: it sees every unit's end, and costs nothing
+
+
+class Watched(Protocol):
+    """What is known of the machines that work, in words."""
+
+    def starting(self) -> str:
+        """Say where workers start, as long as none has done anything; else ""."""
+        ...
+
+    def summary(self) -> str:
+        """Say in a line what should be known beside the bytes; "" where that is nothing."""
+        ...
+
+    def machines(self) -> Sequence[str]:
+        """Return a line for each machine, if there are several, and one for what is slow or was repeated."""
+        ...
 
 
 class Meter:
     """A progress display, which any thread may add to while it is open. It counts bytes, or another `unit`.
 
-    What stores that are not local have given and taken meanwhile is shown beside it. `also` is told of each count, by
-    one thread at a time.
+    What stores that are not local have given and taken meanwhile is shown beside it, and what is `watched`. `also` is
+    told of each count, by one thread at a time.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "bytes", also: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str = "bytes", also: Callable[[int], None] | None = None,
+        watched: Watched | None = None,
+    ) -> None:  # fmt: skip
         self._what = what
         self._unit = unit
         self._also = also
+        self._watched = watched
+        self._ended = threading.Event()
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
@@ -66,9 +90,15 @@ class Meter:
                 def render(self, _: object) -> Text:
                     return Text(meter.moved)
 
+            class WithMachines(Progress):
+                def get_renderables(self) -> Iterable[RenderableType]:
+                    yield self.make_tasks_table(self.tasks)
+                    yield from meter._below()
+
             meter = self
+            self._below_s, self._lines = 0.0, list[Text]()
             counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-            self._bar = Progress(
+            self._bar = WithMachines(
                 TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), Moved(""),
                 console=console(sys.stderr), transient=True,
             )  # fmt: skip
@@ -80,7 +110,25 @@ class Meter:
         self._exit.enter_context(compiling(self._compiling))
         if self._bar:
             self._bar.start()
+        elif self._watched is not None and self.is_shown:
+            # Where nothing moves, nothing is added: while workers start, and when machines hang.
+            threading.Thread(target=self._watch, name="progress", daemon=True).start()
         return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            with self._lock:
+                self._print(time.monotonic())
+
+    def _below(self) -> list[Text]:
+        """Return what stands below the bar: machines, or where workers start."""
+        from rich.text import Text
+
+        now = time.monotonic()
+        if self._watched is not None and now - self._below_s >= LOOK_S:
+            said = [line] if (line := self._watched.starting()) else self._watched.machines()
+            self._below_s, self._lines = now, [Text(f"  {line}", overflow="ellipsis", no_wrap=True) for line in said]
+        return self._lines
 
     @property
     def is_shown(self) -> bool:
@@ -110,12 +158,16 @@ class Meter:
             now = time.monotonic()
             if self._done >= self._total or now - self._told >= TOLD_S:
                 self._tell(now)
-            if self._bar or not self.is_shown:
-                return
-            pause = FIRST_LINE_S if self._said == self._began else LINE_S
-            if now - self._said >= pause:
-                self._said = now
-                self._line(now)
+            self._print(now)
+
+    def _print(self, now: float) -> None:
+        """Print a line, if it is time for one."""
+        if self._bar or not self.is_shown:
+            return
+        pause = FIRST_LINE_S if self._said == self._began else LINE_S
+        if now - self._said >= pause:
+            self._said = now
+            self._line(now)
 
     def finished(self, last: str) -> None:
         """Tell a program that a unit of the work is finished."""
@@ -149,12 +201,16 @@ class Meter:
         return ", ".join(f"{word} {_size(n)} at {_size(n / took)}/s" for word, n in counts.items() if n)
 
     def _line(self, now: float) -> None:
+        if self._watched is not None and (starting := self._watched.starting()):
+            print(f"{self._what}: {starting}", file=sys.stderr, flush=True)
+            return
         rate = self._done / (now - self._began)
         is_steady = self._compiled is None or now - self._compiled > LINE_S
         # More than was reckoned with may be done: what is shared with another tensor may be worked on twice.
         known = self._total / 50 < self._done < self._total and is_steady
         left = f", about {(self._total - self._done) / rate:.0f} s left" if known else ""
-        moved = f"; {self.moved}" if self.moved else ""
+        beside = [self.moved, "" if self._watched is None else self._watched.summary()]
+        moved = "".join(f"; {each}" for each in beside if each)
         total = max(self._total, self._done)
         of = f"{self._done / total:.0%} of {self._size(total)}, {self._size(rate)}/s"
         print(
@@ -169,6 +225,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._exit.close()
         if self._bar:
             self._bar.stop()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from jobs.execution.live import Live
 from jobs.output.journal import Journal
 from jobs.planning.plan import Unit
 from jobs.spec.cluster import ClusterSpec
@@ -96,6 +98,9 @@ def reach_source(source: Address, unit: Unit) -> None:
         open_store(source).read(entry, 0, min(1, entry.size))
 
 
+GO_ON = "run the same command against a cluster"
+
+
 class ClusterLost(StorageError):
     """The cluster is gone, or has no machine left. What is done is kept, for the same command on another one."""
 
@@ -112,6 +117,7 @@ class Cluster(Protocol):
     """A place where units run: this process, or other processes and machines."""
 
     is_local: bool
+    live: Live  # what flies, which the cluster tells as it runs
 
     @property
     def description(self) -> str: ...
@@ -138,8 +144,13 @@ class Cluster(Protocol):
         ...
 
 
-def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co | UnitFailed:
-    """Run a unit, with retries after transient I/O errors. Another error of ours, or of the system, is its outcome."""
+def attempt(
+    task: Task[R_co], on_bytes: OnBytes, stop: threading.Event, again: Callable[[], None] = lambda: None
+) -> R_co | UnitFailed:
+    """Run a unit, with retries after transient I/O errors. Another error of ours, or of the system, is its outcome.
+
+    `again` is called before each retry.
+    """
     for number in range(1, ATTEMPTS + 1):
         counted = 0
 
@@ -155,6 +166,7 @@ def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co 
             on_bytes(-counted)
             if number == ATTEMPTS or stop.wait(FIRST_PAUSE_S * 2 ** (number - 1)):
                 return UnitFailed(task.unit.id, f"{error} (after {number} attempts)")
+            again()
         except (WeightmillError, OSError) as error:
             return UnitFailed(task.unit.id, str(error))
     raise AssertionError("unreachable")
@@ -166,6 +178,8 @@ class LocalCluster:
     is_local = True
 
     def __init__(self, spec: ClusterSpec) -> None:
+        self.live = Live()
+        self._host = socket.gethostname()
         self.threads = spec.threads or usable_cpus()
         self.units_at_once = spec.units_at_once or min(MOST_UNITS, FEWEST_UNITS + self.threads // CPUS_A_UNIT)
 
@@ -184,13 +198,29 @@ class LocalCluster:
             try:
                 while todo or flight:
                     while todo and len(flight) < self.units_at_once:
-                        flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
+                        flight.add(pool.submit(self._attempt, todo.pop(), on_bytes, stop))
                     finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
                     for future in finished:
                         yield future.result()
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _attempt(self, task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co | UnitFailed:
+        """Run a unit, and tell what becomes of it."""
+        unit, host, live = task.unit.id, self._host, self.live
+
+        def count(size: int) -> None:
+            live.moved(unit, host, size)
+            on_bytes(size)
+
+        live.launched(unit, host)
+        outcome = attempt(task, count, stop, lambda: live.repeated(host))
+        if isinstance(outcome, UnitFailed):
+            live.ended(unit, host, "failed", outcome.reason)
+        else:
+            live.ended(unit, host, "done")
+        return outcome
 
     def close(self) -> None:
         pass

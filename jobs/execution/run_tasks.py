@@ -7,6 +7,7 @@ from contextlib import closing
 
 from jobs.cli.progress import Meter
 from jobs.execution.cluster import Cluster, R_co, Task, UnitFailed
+from jobs.execution.live_text import WatchedLive
 from loaders.errors import StorageError
 
 
@@ -25,7 +26,13 @@ def run_tasks(
     if not tasks:
         return
     cluster.check(tasks)
-    with Meter(doing, work_bytes, also=also) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
+    cluster.live.begin(doing, len(tasks), work_bytes)
+    # A cluster's description may ask its machines.
+    watched = WatchedLive(cluster.live, cluster.description)
+    with (
+        Meter(doing, work_bytes, also=also, watched=watched) as meter,
+        closing(cluster.run(tasks, meter.add)) as outcomes,
+    ):
         for outcome in outcomes:
             meter.finished(outcome.unit)
             if meter.raised is not None:

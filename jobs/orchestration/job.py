@@ -23,6 +23,7 @@ from jobs.orchestration.needs import notes_of
 from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
+from jobs.output.life import Told
 from jobs.output.publish import complete, is_published, publish, put_card, put_page, written_headers
 from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
@@ -35,7 +36,7 @@ from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import facts, open_job_run, track_job
-from jobs.tracking.pages import how_to_open, registered_lines
+from jobs.tracking.pages import registered_lines, run_lines
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import NoRun, Run
 from jobs.verification.logits import asked, judged, pass_gate
@@ -91,7 +92,8 @@ class Job:
             WeightmillError: another process runs this job, or its output or its run cannot be created.
         """
         journal, spec = self.planned.journal, self.planned.spec
-        request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
+        units = len(self.planned.plan.units)
+        request = {"key": journal.key, "output": str(journal.output), "units": units, "request": spec.resolved()}
         stack.enter_context(journal.hold(request, overwrite=spec.output.overwrite))
         self._is_held = True
         if open_store(journal.output).absence() is None and not spec.output.overwrite and not self.is_whole:
@@ -107,8 +109,20 @@ class Job:
         self.done = resume(self.planned)
         self.resumed = frozenset(self.done)
         if self.done:
-            units = len(self.planned.plan.units)
             note(f"{len(self.done)} of {units} units were done before; going on with the rest")
+
+    @property
+    def told(self) -> Told | None:
+        """What signs of life tell of the job; None if it is not this process's to do."""
+        if not self._is_held or self.outcome is not None:
+            return None
+        return Told(
+            journal=self.planned.journal,
+            units=len(self.planned.plan.units),
+            resumed=len(self.resumed),
+            done=lambda: len(self.done),
+            failure=lambda: str(self.outcome) if isinstance(self.outcome, WeightmillError) else "",
+        )
 
     def shares(self) -> list[tuple[int, Share]]:
         """Return the units that are left to do, each with the job's number."""
@@ -304,8 +318,7 @@ class Job:
         """Wait until everything is tracked, and set the outcome."""
         if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
-            address = None if untracked else self.run.address
-            self.outcome = _said(self.planned, self.report, address, self.run.registered, untracked)
+            self.outcome = _said(self.planned, self.report, self.run, untracked)
         elif self.outcome is not None:
             self._tidy()
 
@@ -374,18 +387,18 @@ def _wait(run: Run) -> str:
     return ""
 
 
-def _said(planned: Planned, report: Report, address: str | None, registered: str | None, untracked: str) -> Said:
-    output = planned.journal.output
+def _said(planned: Planned, report: Report, run: Run, untracked: str) -> Said:
+    output, address, registered = planned.journal.output, None if untracked else run.address, run.registered
 
     def document() -> dict[str, Any]:
         where = {"output": str(output), "tracked": address, "registered": registered}
         return {"status": "done", "already": False, **where, **report.to_json()}
 
     lines = [Text(f"output: {output}", style="bold green")]
-    lines += [*registered_lines(registered), *([Text(f"run: {address}")] if address else [])]
-    if address and not address.startswith("http"):
-        lines += [Text(f"its page: {how_to_open(address.partition(' run ')[0])}")]
-    lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
+    lines += [*registered_lines(registered), *run_lines(address, None if untracked else run.page)]
+    if untracked:
+        lines += [Text(f"the output is complete, but {untracked}", style="bold red")]
+        lines += [Text(f"to send it: {program()} track {shlex.quote(str(output))}")]
     warnings = [*planned.target.warnings, *(w for w in report.warnings if w.endswith(": let pass"))]
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))

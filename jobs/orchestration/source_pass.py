@@ -15,7 +15,7 @@ from typing import Any
 from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
 from jobs.execution.choose import choose
-from jobs.execution.cluster import Cluster, ClusterLost, LocalCluster, UnitFailed
+from jobs.execution.cluster import GO_ON, Cluster, ClusterLost, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
@@ -24,7 +24,9 @@ from jobs.orchestration import already, engine_check
 from jobs.orchestration.job import Job, Pass
 from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
+from jobs.output.life import SignsOfLife
 from jobs.report import plan
+from jobs.report.document import versions
 from jobs.spec.cluster import ClusterSpec
 from jobs.spec.job import JobSpec
 from jobs.tracking.mlflow_run import warm
@@ -184,26 +186,27 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         if recorder is None:
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
-        with PeakMemory() as memory:
-            bytes_read = _run_units(jobs, cluster, strategy)
-            description = cluster.description
-        if recorder is None:
-            clusters.close()
-        done = Pass(
-            started=started,
-            wall_s=time.perf_counter() - began,
-            peak_bytes=memory.peak_bytes,
-            peak_working_set_bytes=memory.peak_working_set_bytes if is_contained() else None,
-            cluster=description,
-            strategy=strategy.name,
-            jobs=len(jobs),
-            threads=cluster.threads,
-            lanes=cluster.units_at_once if isinstance(cluster, LocalCluster) else 1,
-        )
-        for job in jobs:
-            if job.outcome is None:
-                with _own_failure(job), no_collection(), working_on(job.name):
-                    job.finish(done)
+        with _telling(jobs, cluster):
+            with PeakMemory() as memory:
+                bytes_read = _run_units(jobs, cluster, strategy)
+                description = cluster.description
+            if recorder is None:
+                clusters.close()
+            done = Pass(
+                started=started,
+                wall_s=time.perf_counter() - began,
+                peak_bytes=memory.peak_bytes,
+                peak_working_set_bytes=memory.peak_working_set_bytes if is_contained() else None,
+                cluster=description,
+                strategy=strategy.name,
+                jobs=len(jobs),
+                threads=cluster.threads,
+                lanes=cluster.units_at_once if isinstance(cluster, LocalCluster) else 1,
+            )
+            for job in jobs:
+                if job.outcome is None:
+                    with _own_failure(job), no_collection(), working_on(job.name):
+                        job.finish(done)
         for job in jobs:
             job.settle()
     plan, after = jobs[0].planned.plan, disk_bytes_fetched()
@@ -216,6 +219,17 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         disk_bytes=fetched,
         wall_s=done.wall_s,
     )
+
+
+@contextmanager
+def _telling(jobs: Sequence[Job], cluster: Cluster) -> Iterator[None]:
+    """Give signs of life of the jobs during the block."""
+    told = [each for job in jobs if (each := job.told) is not None]
+    if not told:
+        yield
+        return
+    with SignsOfLife(told, cluster.live.seen, cluster.description, versions()).given():
+        yield
 
 
 @contextmanager
@@ -243,8 +257,7 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
             raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
         if isinstance(error, ClusterLost):
             done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
-            how = f"run the same command against a cluster: {done} of {units} units are done"
-            raise ClusterLost(f"{error}; {how}") from error
+            raise ClusterLost(f"{error}; {GO_ON}: {done} of {units} units are done") from error
         raise
 
 
@@ -261,6 +274,8 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
+    for job in alive:
+        job.run.watch(cluster.live.seen)
     counts = {job.run.count for job in alive}  # of a sweep's jobs all the same one
 
     def count(size: int) -> None:

@@ -5,6 +5,7 @@ failed                   in a sweep: the job failed, and the others go on withou
 files/ pieces/           finished files, and pieces of a file that several processes write: see `Destination`
 records/unit-00001.json  one per finished unit, written last: a unit without a valid record is done again
 published.json           the output's report, written just before publishing, and removed with the journal
+life.json                what the driver said of itself last: see life.py
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from loaders.storage.hashes import opened, sealed, unsealed
 
 LEFT_OUT = "failed"
 PENDING = "published.json"
+LIFE = "life.json"
 LOGITS = ".logits.weightmill"  # the folder, next to outputs, of the originals' logits for verify=logits
 WrittenTensor = tuple[str, tuple[int, ...], int, str]  # dtype, shape, bytes, xxh3-64
 
@@ -150,6 +152,7 @@ class Journal:
             self.destination.put("job.json", sealed(json.dumps({"format": FORMAT, **job}).encode()))
             # What failed in an earlier sweep is tried again.
             self.destination.drop(LEFT_OUT)
+            self.destination.drop(LIFE)
             yield
 
     def _check_version(self) -> None:
@@ -252,6 +255,8 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal."""
+        # What is newest goes last, which is to be what says how far the job had come.
+        self.destination.drop(LIFE)
         self.destination.forget()
 
     def remove_empty(self) -> None:

@@ -17,14 +17,18 @@ import yaml
 from jobs.cli.choices import values_of
 from jobs.cli.compose import files_of
 from jobs.cli.literals import literal
+from jobs.cli.program import NAME
 from jobs.cli.validation import path_keys
 from jobs.spec.job import JobSpec
+from jobs.spec.tracking import EXPERIMENT
 from loaders.backends.devices import OTHER_BYTES
 from loaders.places import CONF, DEMO
 from loaders.storage.address import Address
 
 GROUPS = ("source", "transform", "quant", "output", "backend", "verify")
 KEYS = ("unit_mb", "rules", "mtp")
+# The parts of `output` that say where it goes; the address of an output has them all.
+OF_THE_PLACE = {"root", "path", "suffix", "named", "branch"}
 OUTPUT = ("layout", "container", "split", "card")  # what is made counts, and not where it goes
 PLAIN = re.compile(r"[\w./:@+-]+")
 
@@ -45,15 +49,35 @@ def command_of(request: Mapping[str, Any], source: str) -> str:
     return shlex.join(["weightmill", "run", *words])
 
 
-def _model(model: Mapping[str, Any], source: str) -> Iterator[str]:
-    yield "model=demo" if source == str(DEMO) else f"model.path={said('model.path', source)}"
+def rerun_of(request: Mapping[str, Any], output: str) -> str:
+    """Return the command that goes on with a job on this machine: as `command_of`, with paths, and where it goes.
+
+    `output` is the address of its output. The address of a tracking server that had a password is left out.
+    """
+    defaults, model = _defaults(), request["model"]
+    source = model["path"] or f"hf://{model['hub_id']}" + (f"@{model['revision']}" if model["revision"] else "")
+    words = [*_model(model, source, real=True)]
+    for group in (*GROUPS, "strategy", "store", "cluster", "tracking"):
+        left_out = OF_THE_PLACE if group == "output" else {"chosen"}
+        given = {key: value for key, value in request[group].items() if key not in left_out and "***" not in str(value)}
+        if given.get("experiment") == EXPERIMENT:  # which is the default
+            del given["experiment"]
+        words += _group(group, given, defaults.get(group), real=True)
+    words += [f"{key}={said(key, request[key])}" for key in (*KEYS, "lint") if request[key] != defaults[key]]
+    is_tracked = request["tracking"]["kind"] != "none"
+    words += [f"output.root={request['output']['root']}"] if is_tracked else []  # where mlflow.db is
+    return shlex.join([NAME, "run", *words, f"output.path={output}"])
+
+
+def _model(model: Mapping[str, Any], source: str, *, real: bool = False) -> Iterator[str]:
+    yield "model=demo" if source == str(DEMO) else f"model.path={said('model.path', source, real=real)}"
     if model["name"] is not None:
         yield f"model.name={model['name']}"
     if model["components_to_quantize"] is not None:
         yield f"model.components_to_quantize={literal(list(model['components_to_quantize']))}"
 
 
-def _group(group: str, given: Mapping[str, Any], default: Any) -> Iterator[str]:
+def _group(group: str, given: Mapping[str, Any], default: Any, *, real: bool = False) -> Iterator[str]:
     """Yield the choice of a group and the settings that differ from it. Defaults are left out, but for the method."""
     known = {name: values_of(path) for name, path in files_of("run")[group].items()}
 
@@ -65,15 +89,19 @@ def _group(group: str, given: Mapping[str, Any], default: Any) -> Iterator[str]:
     chosen = min(fitting, key=lambda name: (len(further(name)), name != default, name != given.get("name")))
     if chosen != default or group == "quant":
         yield f"{group}={chosen}"
-    yield from (f"{group}.{key}={said(f'{group}.{key}', value)}" for key, value in sorted(further(chosen).items()))
+    yield from (
+        f"{group}.{key}={said(f'{group}.{key}', value, real=real)}" for key, value in sorted(further(chosen).items())
+    )
 
 
-def said(key: str, value: Any) -> str:
-    """Write a setting's value as a command has it; a path of the machine is a word there."""
+def said(key: str, value: Any, *, real: bool = False) -> str:
+    """Write a setting's value as a command has it; a path of the machine is a word there, unless it is wanted."""
     if key in path_keys(JobSpec) and isinstance(value, str):
         address = Address.of(value)
         if not address.is_local:
             return str(address)
+        if real:
+            return value
         words = {"model.path": "DIR", "transform.path": "ADAPTER"}
         return words.get(key, "FILE") if address.path.is_absolute() else value
     if isinstance(value, str) and PLAIN.fullmatch(value):

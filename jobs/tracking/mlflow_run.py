@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.output.former_root import STORE, tracking_root
 from jobs.spec.tracking import TrackingSpec
+from jobs.tracking.sweep_tag import SWEEP, quoted, with_sweep
 from loaders.errors import StorageError
 from loaders.storage.address import Address, without_secrets
 
@@ -41,7 +42,7 @@ PARAMS_AT_ONCE = 100
 # 3.8 the experiment's tag decides.
 TRAINING = "workflowType=machine_learning"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-KIND, SWEEP = "weightmill.kind", "weightmill.sweep"
+KIND = "weightmill.kind"
 # MLflow's pages hide tags that begin with "mlflow.": these are for programs.
 HOST, PID, HEARTBEAT, KEY = (f"mlflow.weightmill.{name}" for name in ("host", "pid", "heartbeat", "key"))
 # Letters that the name of a model may not have.
@@ -62,7 +63,8 @@ class Source:
 class Opening:
     """What a run is opened with: `key` finds it again, `began` is its start in seconds since 1970.
 
-    Of a job that has published its output (`is_published`) it is the newest run with the key, however it ended.
+    Of a job that has published its output (`is_published`) it is the newest run with the key, however it ended. Of one
+    that ended before, whose numbers are sent now, `ended` says when: it gives no signs of life.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Opening:
     began: float
     sources: Sequence[Source] = ()
     is_published: bool = False
+    ended: float | None = None
 
 
 class BackgroundRun:
@@ -85,6 +88,7 @@ class BackgroundRun:
         self._recorder = recorder
         self._is_alone = is_alone
         self.count = recorder.count
+        self.watch = recorder.watch
         self._errors: list[BaseException] = []
         self._last: Future[None] | None = None
 
@@ -117,6 +121,15 @@ class BackgroundRun:
     @property
     def run_id(self) -> str | None:
         return self._opened.result().run_id if self._opened.exception() is None else None
+
+    @property
+    def page(self) -> str | None:
+        return self._opened.result().page if self._opened.exception() is None else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was finished before it was opened, and stays as it is."""
+        return self._opened.exception() is None and self._opened.result().is_finished
 
     @property
     def registered(self) -> str | None:
@@ -174,15 +187,20 @@ class MlflowRun:
         self.is_finished = found is not None and found.info.status == "FINISHED"
         self.registered: str | None = None
         self.run_id = self._new(opening) if found is None else str(found.info.run_id)
+        self.page = page_of(experiment, self.run_id)
         self.address = run_page(uri, experiment, self.run_id)
+        self._ended = None if opening.ended is None else int(opening.ended * 1000)
         if self.is_finished:
             return
         if found is not None:
-            self._resume(opening.tags)
+            known = found.data.tags.get(SWEEP, "")
+            of = {SWEEP: with_sweep(known, opening.tags[SWEEP])} if SWEEP in opening.tags else {}
+            self._resume({**opening.tags, **of})
         self._log_params(opening.params)
         for source in opening.sources:
             self._log_source(source)
-        recorder.live(self)
+        if opening.ended is None:
+            recorder.live(self)
 
     def _find(self, opening: Opening) -> Any | None:
         """Find a run of this job that did not end, since its process was killed; of a published job, any run."""
@@ -283,7 +301,7 @@ class MlflowRun:
 
     def close(self, status: str) -> None:
         self._recorder.ended(self)
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, status, end_time=self._ended)
 
 
 def registered(client: Any, model: str, address: str, run_id: str | None, tags: Mapping[str, str]) -> str:
@@ -307,12 +325,6 @@ def registered(client: Any, model: str, address: str, run_id: str | None, tags: 
     return f"models:/{model}/{made.version}"
 
 
-def quoted(text: str) -> str:
-    """Quote a name for MLflow's filters, which have quotes of both kinds, and no way to write one inside of its own."""
-    mark = '"' if "'" in text else "'"
-    return f"{mark}{text}{mark}"
-
-
 def found_by_key(client: Any, experiment: str, key: str, where: str = "") -> Any | None:
     """Return the newest run with a job's key, among those that match the rest of MLflow's filter."""
     newest = ["attributes.start_time DESC"]
@@ -323,8 +335,13 @@ def found_by_key(client: Any, experiment: str, key: str, where: str = "") -> Any
 def run_page(uri: str, experiment: str, run_id: str) -> str:
     """Return the page of a run, or for a database the store and the run's id."""
     shown = without_secrets(uri)
-    page = f"{shown.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}?{TRAINING}"
+    page = f"{shown.rstrip('/')}/{page_of(experiment, run_id)}"
     return page if uri.startswith("http") else f"{shown} run {run_id}"
+
+
+def page_of(experiment: str, run_id: str) -> str:
+    """Return the page of a run, as the address of a server goes on."""
+    return f"#/experiments/{experiment}/runs/{run_id}?{TRAINING}"
 
 
 def here() -> dict[str, str]:
@@ -353,6 +370,9 @@ def _client_class() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A job whose work is done waits for its numbers: by default two minutes for a server that is gone. They can be sent
+    # later (`weightmill track`).
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # Standard output is for the job's result.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking import MlflowClient

@@ -18,7 +18,8 @@ from urllib.parse import quote
 from rich.text import Text
 
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import SWEEP, TRAINING, default_uri
+from jobs.tracking.mlflow_run import TRAINING, default_uri
+from jobs.tracking.sweep_tag import of_sweep
 from loaders.storage.address import without_secrets
 
 COMPARED = 20  # runs that MLflow's compare page shows side by side; more are listed
@@ -34,8 +35,8 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     uri = without_secrets(spec.uri or default_uri(root))
     listed = f"#/experiments/{experiment}/runs?{TRAINING}"
     if not uri.startswith("http"):
-        of_sweep = f"\n  the sweep is tags.`{SWEEP}` = {sweep!r}" if sweep else ""
-        return f"compare: {how_to_open(uri, listed)}{of_sweep}"
+        filtered = f"\n  the sweep is {of_sweep(sweep)}" if sweep else ""
+        return f"compare: {how_to_open(uri, listed)}{filtered}"
     if sweep is not None:
         page = f"{listed}&compareRunsMode=CHART&viewStateShareKey={quote(sweep)}"
     elif len(runs) > COMPARED:
@@ -53,6 +54,15 @@ def how_to_open(uri: str, page: str = "") -> str:
         uri = f"sqlite:///{path.relative_to(Path.cwd())}"
     install = "" if all(map(find_spec, SERVED_BY)) else "pip install 'weightmill[ui]', then "
     return f"{install}mlflow ui --backend-store-uri {uri}, and then http://127.0.0.1:5000/{page}"
+
+
+def run_lines(address: str | None, page: str | None) -> list[Text]:
+    """Say where a run is: its page, or of a store that no server serves yet its id, and how its page is opened."""
+    if not address or address.startswith("http"):
+        return [Text(f"run: {address}")] if address else []
+    served, found = how_to_open(address.partition(" run ")[0], page or "").rsplit(" ", 1)
+    # A command and an address are pasted one after the other.
+    return [Text(f"run: {address}"), Text(f"its page: {served}"), Text(f"  {found}")]
 
 
 def registered_lines(registered: str | None) -> list[Text]:
@@ -78,7 +88,7 @@ def sweep_view(sweep: str, size: str, error: str) -> Mapping[str, Any]:
         "baselineColumnUuid": "",
     }
     return {
-        "searchFilter": f"tags.`{SWEEP}` = '{sweep}' and tags.`weightmill.kind` = 'job'",
+        "searchFilter": f"{of_sweep(sweep)} and tags.`weightmill.kind` = 'job'",
         "orderByKey": f"metrics.`{size}`",
         "orderByAsc": True,
         "selectedColumns": [f"metrics.`{size}`", f"metrics.`{error}`", "params.`quant`", "params.`engine`"],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jobs.output.life import Seen
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import (
     MlflowRun,
@@ -21,13 +23,16 @@ from jobs.tracking.mlflow_run import (
     system_monitor,
 )
 from jobs.tracking.sqlite_store import whole_store
+from jobs.tracking.sweep_tag import SWEEP, with_sweep
 
+NOT_IN_KEYS = re.compile(r"[^\w.\- ]", re.ASCII)  # what the name of a metric may not have
 # Seconds between two points of progress, which is also when the machine is first looked at.
 PULSE_S = 10.0
 PULSES_A_BEAT = 3
 # Seconds between two heartbeats of a run. A run without ten of them counts as crashed, so short outages do not matter;
 # more frequent ones would be a load on a server with many jobs.
 BEAT_S = PULSE_S * PULSES_A_BEAT
+MACHINES = 64  # that have a rate of their own; of more, those that did most
 WATCHED = 20  # runs that get points of progress; of a sweep with more jobs, its own run and the first of these
 
 
@@ -42,6 +47,7 @@ class Recorder:
         self._pulses: threading.Thread | None = None
         self._began = self._counted = 0.0  # when bytes were first and last counted
         self._bytes = 0
+        self._seen: Callable[[], Seen] | None = None
         self._last = (0.0, 0)  # when progress was last logged, in seconds since the beginning, and its bytes
         self._uri = ""
         self._monitor: Any = None
@@ -51,6 +57,10 @@ class Recorder:
         self._counted = time.monotonic()
         self._began = self._began or self._counted
         self._bytes += size
+
+    def watch(self, seen: Callable[[], Seen]) -> None:
+        """Log what is seen of the work's units and machines, beside the bytes."""
+        self._seen = seen
 
     def store(self, spec: TrackingSpec, root: Path) -> tuple[Any, str, str]:
         """Return the client, the store's address and the experiment's id; they are created at the first call."""
@@ -80,7 +90,7 @@ class Recorder:
             # A job that ends before the first pulse has its mean rate.
             if not self._last[0] and took:
                 points.append(("progress/gigabytes_per_second", self._bytes / took / 1e9, int(took) + 1))
-            run.log(points)
+            run.log([*points, *self._units(int(took) + 1)])
         if not self._alive:
             self._stop_monitor()
 
@@ -107,7 +117,24 @@ class Recorder:
         now = time.monotonic() - self._began
         (before, were_done), self._last = self._last, (now, done)
         rate = max(0, done - were_done) / max(1e-9, now - before) / 1e9
-        return [("progress/bytes_done", done, int(now)), ("progress/gigabytes_per_second", rate, int(now))]
+        moved = [("progress/bytes_done", done, int(now)), ("progress/gigabytes_per_second", rate, int(now))]
+        return [*moved, *self._units(int(now)), *self._machines(int(now))]
+
+    def _units(self, step: int) -> list[tuple[str, float, int]]:
+        if self._seen is None:
+            return []
+        seen = self._seen()
+        counts = {"units_done": seen.done, "units_in_flight": len(seen.flying), "retries": seen.retries}
+        return [(f"progress/{name}", float(count), step) for name, count in counts.items()]
+
+    def _machines(self, step: int) -> list[tuple[str, float, int]]:
+        """Return the rate of each machine over the last seconds, if there are several."""
+        machines = () if self._seen is None else self._seen().machines
+        if len(machines) < 2:
+            return []
+        most = sorted(machines, key=lambda each: -each.bytes)[:MACHINES]
+        rates = {NOT_IN_KEYS.sub("-", each.name)[:100]: each.bytes_per_s / 1e9 for each in most}
+        return [(f"gigabytes_per_second_by_machine/{name}", rate, step) for name, rate in rates.items()]
 
     def _watch_machine(self) -> None:
         """Watch the machine for the first run that lives: that of a sweep, or of a single job."""
@@ -122,7 +149,10 @@ class Recorder:
     def adopt(
         self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> Future[str | None]:
-        """Add tags and metrics to the finished run with a key; the future's result is its id, None if there is none."""
+        """Add tags and metrics to the finished run with a key; the future's result is its id, None if there is none.
+
+        The sweeps that it was of before stay in its tag.
+        """
 
         def call() -> str | None:
             client, _, experiment = self.store(spec, root)
@@ -130,7 +160,8 @@ class Recorder:
             if found is None:
                 return None
             for name, value in tags.items():
-                client.set_tag(found.info.run_id, name, value)
+                said = with_sweep(found.data.tags.get(SWEEP, ""), value) if name == SWEEP else value
+                client.set_tag(found.info.run_id, name, said)
             for name, number in metrics.items():
                 client.log_metric(found.info.run_id, name, number)
             return str(found.info.run_id)

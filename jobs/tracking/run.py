@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.output.life import Seen
 from jobs.spec.addresses import check_reachable
 from jobs.spec.tracking import URI, TrackingSpec
 from jobs.tracking.mlflow_run import BackgroundRun, Opening, Source
@@ -26,6 +27,11 @@ class Run(Protocol):
         ...
 
     @property
+    def page(self) -> str | None:
+        """The page of the run, as the address of a server of its store goes on: #/experiments/..."""
+        ...
+
+    @property
     def run_id(self) -> str | None: ...
 
     @property
@@ -35,6 +41,10 @@ class Run(Protocol):
 
     def count(self, size: int) -> None:
         """Count bytes that were worked on, which MLflow shows while the work goes on."""
+        ...
+
+    def watch(self, seen: Callable[[], Seen]) -> None:
+        """Log what is seen of units and machines, as long as the work goes on."""
         ...
 
     def check(self) -> None:
@@ -87,10 +97,13 @@ class NoRun:
 
     is_tracked = False
     address = None
+    page = None
     run_id = None
     registered = None
 
     def count(self, size: int) -> None: ...
+
+    def watch(self, seen: Callable[[], Seen]) -> None: ...
 
     def check(self) -> None: ...
 
@@ -146,10 +159,12 @@ def untracked(spec: TrackingSpec) -> list[str]:
 def open_run(
     spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
     recorder: Recorder | None = None, *, sources: Sequence[Source] = (), is_published: bool = False,
+    past: tuple[float, float] | None = None,
 ) -> Run:  # fmt: skip
     """Open a run: a new one, or the one with the same key that a stopped job left.
 
     Of a job that has published its output, this is its newest run, however it ended; a finished one stays as it is.
+    `past` has when a job began and ended, in seconds since 1970, that is only logged now.
 
     It returns at once, since importing mlflow and creating a store take seconds; errors are raised when the run is
     closed. The caller ensures that no two processes use a key at once. StorageError: the server does not answer.
@@ -159,6 +174,7 @@ def open_run(
     if spec.uri is not None and spec.uri.startswith("http"):
         check_reachable("tracking.uri", spec.uri, "tracking=none runs without")
     opening = Opening(
-        name=name, params=params, tags=tags, key=key, began=time.time(), sources=sources, is_published=is_published
-    )
+        name=name, params=params, tags=tags, key=key, began=past[0] if past else time.time(), sources=sources,
+        is_published=is_published, ended=past[1] if past else None,
+    )  # fmt: skip
     return BackgroundRun(spec, root, opening, recorder or Recorder(), is_alone=recorder is None)

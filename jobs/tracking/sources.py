@@ -138,7 +138,7 @@ class Lookup:
 
     def _version(self, name: str, wanted: str, *, is_alias: bool) -> str:
         """Return the number of a model's version, which is given as such, as `latest`, or by an alias."""
-        from jobs.tracking.mlflow_run import quoted  # which need not be loaded for what lies elsewhere
+        from jobs.tracking.sweep_tag import quoted  # which need not be loaded for what lies elsewhere
 
         model = self._asked(self._client.get_registered_model, name)
         if model is None:

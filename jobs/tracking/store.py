@@ -15,9 +15,10 @@ from typing import Any
 
 from jobs.report.comparison import model_of
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, SWEEP, default_uri
+from jobs.tracking.mlflow_run import HEARTBEAT, HOST, KIND, PID, default_uri
 from jobs.tracking.reading import OpenedStore, check_installed, lacks_file
 from jobs.tracking.recorder import BEAT_S
+from jobs.tracking.sweep_tag import SWEEP, of_sweep, sweeps_in
 from loaders.errors import BadSpec
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
@@ -38,6 +39,7 @@ class Tracked:
     source: str  # the model that was quantized, and its fingerprint
     fingerprint: str
     client: Any
+    sweeps: tuple[str, ...] = ()
 
     def series(self, name: str) -> dict[int, float]:
         """Return the values of a metric by step; empty if the run does not have it."""
@@ -94,8 +96,8 @@ class Store:
                     return found
 
     def of_sweep(self, name: str, where: str = "") -> list[Tracked]:
-        mine = f"tags.`{SWEEP}` = '{name}'"
-        return self.all(f"{mine} and {where}" if where else mine)
+        mine = of_sweep(name)
+        return [run for run in self.all(f"{mine} and {where}" if where else mine) if name in run.sweeps]
 
     def last_sweep(self) -> str | None:
         """Return the sweep of the newest run that belongs to one; None if no run does."""
@@ -103,7 +105,7 @@ class Store:
             found = self._client.search_runs(
                 [self.experiment], f"tags.`{SWEEP}` LIKE '%'", order_by=["attributes.start_time DESC"], max_results=1
             )
-        return str(found[0].data.tags[SWEEP]) if found else None
+        return next(reversed(sweeps_in(found[0].data.tags[SWEEP])), None) if found else None
 
     def named(self, runs: Sequence[str], where: str = "") -> list[Tracked]:
         """Return runs by their ids or names.
@@ -131,6 +133,7 @@ class Store:
             run_id=run.info.run_id, name=run.info.run_name or run.info.run_id, status=status, why=why, metrics=metrics,
             output=run.data.tags.get("weightmill.output"), source=model_of(request),
             fingerprint=run.data.tags.get("weightmill.source", ""), client=self._client,
+            sweeps=tuple(sweeps_in(run.data.tags.get(SWEEP, ""))),
         )  # fmt: skip
 
 

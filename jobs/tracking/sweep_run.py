@@ -13,10 +13,11 @@ from jobs.report.comparison import BITS, ComparedJob, Comparison
 from jobs.report.pictures import size_and_error
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.job_run import shown_by_mlflow
-from jobs.tracking.mlflow_run import KIND, SWEEP, TRAINING, Source
+from jobs.tracking.mlflow_run import KIND, TRAINING, Source
 from jobs.tracking.pages import sweep_view
 from jobs.tracking.recorder import Recorder
 from jobs.tracking.run import Run, open_run
+from jobs.tracking.sweep_tag import SWEEP
 from loaders.storage.hashes import text_digest
 from loaders.words import counted
 

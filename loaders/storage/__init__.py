@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loaders.errors import BadSpec
 from loaders.storage.address import IN_MLFLOW, LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
-from loaders.storage.folder import Folder
+from loaders.storage.folder import Folder, folders_in
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
 from loaders.storage.hub.names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
 from loaders.storage.objects.destination import ObjectDestination
 from loaders.storage.objects.leftovers import abandoned_at, discard
-from loaders.storage.objects.store import ObjectStore
+from loaders.storage.objects.store import ObjectStore, folders_at
 from loaders.storage.range_cache import cached
 from loaders.storage.settings import current
 
@@ -28,12 +28,14 @@ class StoreKind:
     destination: makes the unpublished output at an address, for the job with a key.
     abandoned: lists what interrupted jobs left in the folder at an address: of every output, or of one by its name.
     discard: removes what an interrupted job left.
+    folders: lists the names of the folders directly below an address, hidden ones left out: at most so many.
     """
 
     open: Callable[[Address], Store]
     destination: Callable[[Address, str], Destination] | None = None
     abandoned: Callable[[Address, str | None], tuple[Abandoned, ...]] = lambda address, name: ()
     discard: Callable[[Address], None] = lambda address: None
+    folders: Callable[[Address, int], Sequence[str]] = lambda address, most: ()
 
 
 def _hub(address: Address) -> Store:
@@ -61,8 +63,9 @@ KINDS: dict[str, StoreKind] = {
         FolderDestination,
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
+        lambda address, most: folders_in(address.path, most),
     ),
-    **dict.fromkeys(("s3", "gs", "az"), StoreKind(ObjectStore, ObjectDestination, abandoned_at, discard)),
+    **dict.fromkeys(("s3", "gs", "az"), StoreKind(ObjectStore, ObjectDestination, abandoned_at, discard, folders_at)),
     **dict.fromkeys(("http", "https"), StoreKind(ObjectStore)),
 }
 

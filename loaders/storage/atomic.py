@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from typing import IO, Any
 from loaders.errors import StorageError, io_errors
 
 TEMPORARY = ".tmp"
+LOCK_PAUSES_S = (0.01, 0.05, 0.0)  # after each attempt to take a lock
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
@@ -117,15 +119,35 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 
 def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Another process holds it; that is an answer, not an error.
-    except BlockingIOError:
+    for pause_s in LOCK_PAUSES_S:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        # Another process holds it: that is an answer, not an error. Or one looks whether it is held, for a moment.
+        except BlockingIOError:
+            time.sleep(pause_s)
+    else:
         return False
     file.truncate(0)
     file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
     file.flush()
     return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file, which is not changed.
+
+    Raises:
+        OSError: it cannot be opened, or is a link.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def holder(path: Path) -> str:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -23,8 +23,7 @@ from loaders.storage.address import Address
 BUFFER = 1 << 20
 LOOKS = 8  # files of a store that are looked at at once: nearly all of the time is latency
 Range = tuple[int, int]  # bytes [start, stop)
-# Bytes of the largest tensor that lint reads (a scale, a shape) while an output is not published.
-READ_BEFORE_PUBLISHING = 4096
+READ_BEFORE_PUBLISHING = 4096  # bytes of the largest tensor (a scale, a shape) that lint reads till then
 OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
 OUR_PAGE = "report.html"  # what it says, for a browser
 
@@ -290,6 +289,7 @@ class Abandoned:
     units_done: int
     age_s: float  # seconds since the newest file in it changed
     is_held: bool  # whether a process holds its lock, so the job is running
+    ages_s: Mapping[str, float] = field(default_factory=dict)  # since each small file changed, by the store's time
 
 
 class PinnedFiles:

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from loaders.errors import BadCheckpoint, StorageError, io_errors
@@ -237,3 +238,16 @@ def _check_file(path: Path, status: os.stat_result) -> None:
         what = NO_FILES.get(stat.S_IFMT(status.st_mode), "nothing known")
         advice = "fetch it again, or remove it" if stat.S_ISLNK(status.st_mode) else "move it out of the checkpoint"
         raise BadCheckpoint(f"{path}: expected a file, found {what}; {advice}")
+
+
+def folders_in(path: Path, most: int) -> list[str]:
+    """List the names of the folders in a folder, sorted, at most so many; hidden ones are left out.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    if not path.is_dir():
+        return []
+    with io_errors("looking into", path), os.scandir(path) as found:
+        names = (each.name for each in found if each.is_dir() and not each.name.startswith("."))
+        return sorted(islice(names, most))

@@ -17,14 +17,15 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.errors import BadSpec, io_errors
 from loaders.storage.address import Address
-from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, open_own, sync_folder, write_file
+from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, is_locked, open_own, sync_folder, write_file
 from loaders.storage.base import Abandoned, Entry, Range
 from loaders.storage.folder import Folder, tag_of
 from loaders.storage.hashes import BLOCK, hash_file
@@ -35,7 +36,7 @@ AREAS = ("files", "parts", "pieces", "records")
 # All that a journal has, see jobs/output/journal.py; `replaced` is an output that was to be exchanged. That of an
 # output on the Hub knows the files that left, see hub/finished.py, and the commit before.
 FOLDERS = {*AREAS, "replaced", "bytes", "finished"}
-FILES = {"lock", "job.json", "failed", "published.json", "parent.json"}
+FILES = {"lock", "job.json", "failed", "published.json", "life.json", "parent.json"}
 # Arguments of renameat2(2), which Python's os module does not offer: swap the two names in one step, and take relative
 # paths from the current folder.
 RENAME_EXCHANGE = 2
@@ -262,13 +263,25 @@ def _is_folder(path: Path) -> bool:
 def left_in(path: Path) -> Abandoned:
     """Describe one journal folder, in which a job may be at work."""
     found = {each: status for each in path.rglob("*") if stat.S_ISREG((status := _status(each)).st_mode)}
+    now = _time_in(path)
     return Abandoned(
         address=Address(str(path)),
         size=sum(status.st_size for status in found.values()),
         units_done=sum(each.parent.name == "records" for each in found),
-        age_s=time.time() - max((status.st_mtime for status in found.values()), default=_status(path).st_mtime),
+        age_s=now - max((status.st_mtime for status in found.values()), default=_status(path).st_mtime),
         is_held=_is_held(path),
+        ages_s={each.name: max(0.0, now - status.st_mtime) for each, status in found.items() if each.parent == path},
     )
+
+
+def _time_in(folder: Path) -> float:
+    """Return the time by the clock that files in a folder get theirs from: that of a server, if it is one's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as made:  # which has no name where the system can do without
+            return os.fstat(made.fileno()).st_mtime
+    # It may only be read.
+    except OSError:
+        return time.time()
 
 
 def _status(path: Path) -> os.stat_result:
@@ -283,10 +296,9 @@ def _is_held(journal: Path) -> bool:
     if not os.path.lexists(journal / "lock"):
         return False
     try:
-        with exclusive(journal / "lock") as was_free:
-            return not was_free
+        return is_locked(journal / "lock")
     # If the lock cannot be opened, it is not known; "held" is the answer that deletes nothing.
-    except StorageError:
+    except OSError:
         return True
 
 

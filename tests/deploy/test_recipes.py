@@ -170,7 +170,7 @@ def test_recipes_and_page_have_the_same_health_checks_and_no_keepalive() -> None
     setting = re.compile(r"RAY_health_check_(\w+?)_?(?:ms)?(?:=|\W+(?:value\W+)?)(\d+)")
     found = {path.name: dict(setting.findall(path.read_text())) for path in FILES}
     wanted = {"period": "3000", "timeout": "5000", "failure_threshold": "3"}
-    assert {name: each for name, each in found.items() if each} == {
-        name: wanted for name in ("cluster", "job.sbatch", "rayjob.yaml", "clusters.md")
-    }
+    assert {name: each for name, each in found.items() if each} == dict.fromkeys(
+        ("cluster", "job.sbatch", "rayjob.yaml", "clusters.md"), wanted
+    )
     assert [path.name for path in FILES if "keepalive" in path.read_text()] == ["clusters.md"]

@@ -45,11 +45,14 @@ def test_every_verb_works_in_the_base_install(tmp_path: Path) -> None:
         "recommend": ["recommend", DEMO],
         "bench": ["bench", "plan", "tensors=200", "quants=[nf4]"],
         "clean": ["clean", "output.root=made"],
+        "status": ["status", nf4],
+        "list": ["list", "made"],
+        "track": ["track", nf4],
     }
     assert commands.keys() - {"sweep"} == {*VERBS}
     found = dict(zip(commands, without(tmp_path, list(commands.values())), strict=True))
     for verb, each in found.items():
-        assert (verb, each.status) == (verb, 0), each.err
+        assert (verb, each.status) == (verb, 2 if verb == "track" else 0), each.err
         assert "Traceback" not in each.err
     untracked = (
         "not tracked: tracking=auto needs mlflow, sqlalchemy, alembic, which are not installed: pip install"
@@ -59,6 +62,7 @@ def test_every_verb_works_in_the_base_install(tmp_path: Path) -> None:
         assert " ".join((found[verb].err + found[verb].out).split()).count(untracked) == 1
     assert found["sweep"].err.splitlines().count(untracked) == 1
     assert (nf4 / "report.html").read_text().count("<svg") > 0
+    assert f"tracking=mlflow needs {MLFLOW}; {NONE}" in found["track"].err  # there is nothing else that it does
     drawing = "drawing compare.png needs matplotlib, which is not installed: pip install 'weightmill[plots]'"
     assert found["compare"].err.splitlines().count(drawing) == 1
     [folder] = (tmp_path / "made" / "comparisons").iterdir()

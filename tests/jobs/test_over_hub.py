@@ -283,7 +283,7 @@ def test_a_journal_elsewhere_lets_other_machines_go_on(
     assert weightmill("verify", "output.path=hf://me/out").status == 0
 
 
-def test_journals_of_outputs_on_the_hub_are_cleaned(
+def test_journals_of_outputs_on_the_hub_are_seen_and_cleaned(
     model: Path, mine: Hub, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
@@ -293,6 +293,11 @@ def test_journals_of_outputs_on_the_hub_are_cleaned(
         patch.setattr("jobs.orchestration.job.complete", stop)
         for name in ("one", "two"):
             assert weightmill("run", *given(model, f"hf://me/{name}")).status == 130
+    ran = weightmill("status", "hf://me/one", "format=json")
+    assert (ran.status, ran.document["state"], ran.document["output"]) == (1, "stopped", "hf://me/one")
+    rows = weightmill("list", "hf://me", "format=json").document["outputs"]
+    assert [(row["output"], row["state"]) for row in rows] == [("hf://me/one", "stopped"), ("hf://me/two", "stopped")]
+    assert weightmill("status", "hf://me/three").status == 2
     Path("here").mkdir()
     listed = weightmill("clean", "output.root=here", "format=json").document["found"]
     assert [row["status"] for row in listed] == ["abandoned", "abandoned"]

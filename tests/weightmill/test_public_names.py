@@ -43,7 +43,7 @@ def test_the_library_s_names_are_all_there_and_are_the_same() -> None:
     with pytest.raises(AttributeError, match="module 'weightmill' has no attribute 'lode_weights'"):
         _ = weightmill.lode_weights  # type: ignore[attr-defined]
     with pytest.raises(
-        AttributeError, match=r"'recommend'; get_recommended_loader_config recommends .* lint, plan, run"
+        AttributeError, match=r"'recommend'; get_recommended_loader_config recommends .* lint, list_outputs, plan, run"
     ):
         _ = weightmill.recommend  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="'diff'; it is a command: `weightmill diff`"):

@@ -110,9 +110,9 @@ def source_fault(store: Store, files: Sequence[Entry]) -> str:
         return ""
     first = others[0]
     # A network filesystem may know files as they were a while ago; opening one has most of them ask again.
-    if store.is_local and (path := store.local_path(first.name)) is not None:
-        with suppress(OSError):
-            path.open("rb").close()
+    if store.is_local:
+        with suppress(WeightmillError):
+            store.read(first, 0, 0)
         if again(lambda: store.find(first.name) == first):
             return source_fault(store, others[1:])
     return _difference(first, store.find(first.name))

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 
 from jobs.cli.verb import note
-from jobs.execution.cluster import ClusterLost, OnBytes, R_co, Report, Task, UnitFailed
+from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.ray.dispatch import Dispatch
 from jobs.execution.ray.fitting import Scaling, await_machines, check_fits
 from jobs.execution.ray.flights import Flights
-from jobs.execution.ray.machines import live_machines
+from jobs.execution.ray.machines import Machine, live_machines
 from jobs.execution.ray.own import OwnRay
 from jobs.execution.ray.placement import Placement
 from jobs.execution.ray.start import connect
@@ -28,7 +28,8 @@ from loaders.backends.machine import usable_cpus
 from loaders.words import counted
 
 CLOSE_S = 30.0  # seconds that Ray gets to stop attempts, and again to disconnect
-LOST_S = 5.0  # likewise, of a cluster whose head is gone
+SOME_S = 10.0  # seconds without a word of the head after which it is asked nothing more
+LOST_S = 5.0  # seconds to disconnect from a cluster whose head is gone
 MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
 
 
@@ -55,13 +56,14 @@ class RayCluster:
         except BaseException:
             self.close()
             raise
+        self._machines = live_machines(self._ray)
         if address and not spec.threads:
-            most = max((machine.cpus for machine in live_machines(self._ray) if machine.fits(spec)), default=1)
+            most = max((machine.cpus for machine in self._machines if machine.fits(spec)), default=1)
             self.threads = max(1, min(int(most), MOST_THREADS))
 
     @property
     def description(self) -> str:
-        machines = [machine for machine in live_machines(self._ray) if machine.fits(self._spec)]
+        machines = [machine for machine in self._machines if machine.fits(self._spec)]
         cpus = sum(machine.cpus for machine in machines)
         return f"{self._where}: {counted(len(machines), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
 
@@ -83,17 +85,18 @@ class RayCluster:
         )  # fmt: skip
         try:
             yield from dispatch.run(tasks, on_bytes)
-        except ClusterLost:
-            self._is_lost = True
-            raise
         finally:
+            self._machines = [Machine.of(node) for node in watch.nodes if node["Alive"]]
+            self._is_lost = watch.silent_s > SOME_S
             watch.close()
             within(CLOSE_S, flights.close)
-            placement.close()
+            if not self._is_lost:
+                placement.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
-        self._scaling.close()
+        if not self._is_lost:
+            self._scaling.close()
         within(LOST_S if self._is_lost else CLOSE_S, self._ray.shutdown)
         self._end()
 

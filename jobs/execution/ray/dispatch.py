@@ -350,7 +350,8 @@ class Dispatch:
         """
         if self._watch.nodes is not self._nodes:
             self._nodes = self._watch.nodes
-            self._placement.refresh(self._nodes, len(self._waiting) + len(self._efforts))
+            left = len(self._waiting) + len(self._efforts)
+            self._placement.refresh(self._nodes, left, self._watch.available)
             cpus = [node["Resources"].get("CPU", 0) for node in self._nodes if node["Alive"]]
             self._room = max(1, sum(int(count // self._threads) for count in cpus))
             if any(cpus):

@@ -116,12 +116,11 @@ def told(machines: Iterable[Machine], need: Mapping[str, Need], spec: ClusterSpe
     alike: dict[tuple[int, int, int], list[Machine]] = {}
     for machine in machines:
         units = machine.units(need[machine.id], spec)
-        alike.setdefault((units, need[machine.id].threads, int(machine.gpus)), []).append(machine)
+        alike.setdefault((units, need[machine.id].threads, need[machine.id].gpus), []).append(machine)
     lines = []
     for (units, threads, gpus), rows in sorted(alike.items(), reverse=True):
-        each = " each" if len(rows) > 1 else ""
-        with_gpus = f", {counted(gpus, 'GPU')}{each}" if gpus else ""
+        each, with_gpu = " each" if len(rows) > 1 else "", " and a GPU" if gpus else ""
         lines.append(
-            f"{named(rows)}: {counted(units, 'unit')} at once{each}, of {counted(threads, 'thread')}{with_gpus}"
+            f"{named(rows)}: {counted(units, 'unit')} at once{each}, of {counted(threads, 'thread')}{with_gpu}"
         )
     return lines

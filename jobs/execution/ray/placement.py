@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -170,10 +169,15 @@ class Placement:
 
     # --- which machines take part
 
-    def refresh(self, nodes: Sequence[Mapping[str, Any]], left: int | None = None) -> None:
+    def refresh(
+        self,
+        nodes: Sequence[Mapping[str, Any]],
+        left: int | None = None,
+        available: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         """Take a new list of the cluster's nodes (`ray.nodes()`): dead ones go, new ones are asked, and come.
 
-        `left` is how many tasks are not done yet.
+        `left` is how many tasks are not done yet. `available` has what is free on each node, by its id.
         """
         self._left = self._left if left is None else left
         alive = {machine.id: machine for machine in (Machine.of(node) for node in nodes if node["Alive"])}
@@ -186,7 +190,7 @@ class Placement:
                 if machine.id not in known and machine.fits(self._spec):
                     looks.ask(machine)
             self._admit(looks.answered())
-            self._see_others()
+            self._see_others(available or {})
             self._scaling.want(self._bundles[: self._left])
 
     def doubt(self, node: str) -> bool:
@@ -260,18 +264,15 @@ class Placement:
         for remark, machines in remarks.items():
             note(f"{named(machines)}: {remark}")
 
-    def _see_others(self) -> None:
+    def _see_others(self, available: Mapping[str, Mapping[str, float]]) -> None:
         """Look which CPUs other jobs use."""
-        # What Ray knows of its machines may be out of reach for a moment.
-        with suppress(Exception):
-            available = self._ray._private.state.available_resources_per_node()
-            ours = {m.id: self._flying.get(m.id, 0) * m.threads(self._threads) for m in self._machines.values()}
-            now = {
-                machine.id: max(0.0, machine.cpus - available[machine.id].get("CPU", 0) - ours[machine.id])
-                for machine in self._machines.values()
-                if machine.id in available
-            }
-            self._others = _Others(self._others.now, now)
+        ours = {m.id: self._flying.get(m.id, 0) * m.threads(self._threads) for m in self._machines.values()}
+        now = {
+            machine.id: max(0.0, machine.cpus - available[machine.id].get("CPU", 0) - ours[machine.id])
+            for machine in self._machines.values()
+            if machine.id in available
+        }
+        self._others = _Others(self._others.now, now)
 
     # --- for people
 

@@ -70,6 +70,15 @@ class ObjectClient:
 
         return self._ask(f"listing {self._shown}/{prefix}", call)
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        """List the prefixes directly below PREFIX/, up to the next slash, sorted."""
+        import obstore
+
+        def call(store: Any) -> Sequence[str]:
+            return sorted(obstore.list_with_delimiter(store, prefix or None)["common_prefixes"])
+
+        return self._ask(f"listing {self._shown}/{prefix}", call)
+
     def head(self, key: str) -> Found:
         import obstore
 

@@ -78,7 +78,8 @@ def _listed(client: ObjectClient, prefix: str) -> list[Found]:
 def _abandoned(
     client: ObjectClient, journal: Address, files: Sequence[tuple[str, Found]], elsewhere_bytes: int
 ) -> Abandoned:
-    age_s = max(0.0, time.time() - max(row.changed.timestamp() for _, row in files))
+    now = max(time.time(), *(row.changed.timestamp() for _, row in files))
+    age_s = now - max(row.changed.timestamp() for _, row in files)
     claim = next((row for name, row in files if name == "claim"), None)
     # Clocks may differ; "held" is the answer that deletes nothing.
     is_held = claim is not None and time.time() - claim.changed.timestamp() < STALE_S
@@ -88,6 +89,7 @@ def _abandoned(
         units_done=sum(name.startswith("records/") for name, _ in files),
         age_s=age_s,
         is_held=is_held and not has_ended(owner_of(client, claim)),
+        ages_s={name: now - row.changed.timestamp() for name, row in files if "/" not in name},
     )
 
 

@@ -303,3 +303,20 @@ class _Body:
             )
         self.data[self._done : self._done + len(piece)] = piece
         self._done += len(piece)
+
+
+def folders_at(address: Address, most: int) -> list[str]:
+    """List the names directly below an address that have objects below them, at most so many.
+
+    Raises:
+        StorageError: nothing can be listed there.
+    """
+    client, prefix = client_of(address)
+    what = f"listing {address}"
+    try:
+        found = client.patient(what, lambda: _looked(client.folders, prefix))
+    except Missing:
+        raise StorageError(f"{what}: there is no such bucket; check its name, and the endpoint") from None
+    except Forbidden as refused:
+        raise client.denied(what, refused.denial) from None
+    return [name for each in found if not (name := each.rstrip("/").rpartition("/")[2]).startswith(".")][:most]

@@ -29,6 +29,7 @@ from jobs.verification.output import by_cause
 from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.conftest import Ran
+from tests.jobs.orchestration.test_status import LIFE
 from tests.making import make_source
 
 Run = Callable[..., Ran]
@@ -72,18 +73,24 @@ VERBS = (
     ("lint", "{root}/outputs/a-source-nf4"),
     ("lint", "{root}/unfinished"),
     ("clean", "output.root={root}/left"),
+    ("status", "{root}/outputs/a-source-nf4"),
+    ("status", "{root}/left/{name}"),
+    ("list", "{root}/outputs"),
+    ("list", "{root}/left"),
 )
 
 
 def test_what_verbs_print_fits_and_has_whole_numbers(
     made: Path, weightmill: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (made / "left" / f".{'a-long-name-' * 5}.0123456789ab.weightmill").mkdir(parents=True)
+    name = "a-long-name-" * 5
+    (made / "left" / f".{name}.0123456789ab.weightmill").mkdir(parents=True)
+    (made / "left" / f".{name}.0123456789ab.weightmill" / "life.json").write_bytes(LIFE.to_bytes())
     make_source(made / "unfinished", quantization_config={"quant_method": "bitsandbytes"})
     kept: list[Said] = []
     monkeypatch.setattr("jobs.cli.verb.say", lambda said, _: (kept.append(said), said.status)[1])
     for verb, *words in VERBS:
-        given = [verb, *(word.format(root=made) for word in words)]
+        given = [verb, *(word.format(root=made, name=name) for word in words)]
         ran = weightmill(*given)
         assert kept, ran.err
         text = kept.pop().text

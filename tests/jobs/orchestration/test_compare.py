@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from jobs.tracking.mlflow_run import HEARTBEAT, HOST, PID, SWEEP
+from jobs.tracking.mlflow_run import HEARTBEAT, HOST, PID
+from jobs.tracking.sweep_tag import SWEEP
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

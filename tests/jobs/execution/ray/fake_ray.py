@@ -58,6 +58,7 @@ class FakeTask:
     work_bytes: int
     memory_bytes: int = 1 << 20
     gpus: int = 0
+    threads: int = 1
     dies_by: type[RayError] | None = None
     fails: str = ""
 
@@ -208,7 +209,7 @@ class FakeRay:
         target = following[-1] if len(following) == num_returns else float("inf")
         self.now = max(self.now, min(self.now + timeout, target))
         ready = [each for each in streams if each.events and each.events[0][0] <= self.now]
-        return ready[:num_returns], [each for each in streams if each not in ready[:num_returns]]
+        return ready[:num_returns], []  # nobody looks at the others
 
     def get(self, found: Any, timeout: float | None = None) -> Any:
         self.counts["messages"] += 1
@@ -230,17 +231,19 @@ class FakePlacement:
     """Places units where most room is."""
 
     ray: FakeRay
-    doubted: set[str] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)
+    out_if_asked: Collection[str] = ()
+    out: set[str] = field(default_factory=set)
+    doubted: list[str] = field(default_factory=list)
     most_memory: int = 1 << 60
 
     def place(
-        self, task: Any, flying: Mapping[str, int], *, without: Collection[str] = (), memory_times: int = 1
-    ) -> Spot | None:
+        self, task: Any, flying: Mapping[str, int], *, without: Collection[str] = (), memory_times: int = 1,
+        only_free: bool = False,
+    ) -> Spot | None:  # fmt: skip
         room = {
             name: machine.slots - flying.get(name, 0)
             for name, machine in self.ray.machines.items()
-            if name not in without and name not in self.doubted
+            if name not in without and name not in self.out
         }
         if task.memory_bytes * memory_times > self.most_memory or max(room.values(), default=0) <= 0:
             return None
@@ -248,16 +251,28 @@ class FakePlacement:
         memory = task.memory_bytes * memory_times
         return Spot(best, best, {"scheduling_strategy": best, "memory": memory})
 
-    def refresh(self, nodes: Sequence[Mapping[str, Any]]) -> None:
+    def refresh(self, *_: Any) -> None:
         pass
 
+    def is_crowded(self, node: str) -> bool:
+        return False
+
+    def hopeless(self) -> str | None:
+        return None
+
     def doubt(self, node: str) -> bool:
-        self.asked.append(node)
-        return node in self.doubted
+        self.doubted.append(node)
+        return node in self.out_if_asked
+
+    def is_out(self, node: str) -> bool | None:
+        self.out.add(node)
+        return True
 
 
 class FakeWatch:
     """Sees at once what becomes of machines, except that they freeze."""
+
+    available: Mapping[str, Any] = {}
 
     def __init__(self, ray: FakeRay) -> None:
         self._ray = ray

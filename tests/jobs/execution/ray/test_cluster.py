@@ -9,13 +9,10 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.execution.ray.cluster import RayCluster
-from loaders.errors import BadSpec
 from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.making import snapshot, write_checkpoint
@@ -75,37 +72,6 @@ def test_a_sweep_on_ray_writes_what_this_process_writes_and_stops_at_the_gate_as
     assert wait_until_gone("sweep") == []
 
 
-class Machines:
-    """In place of Ray: what its machines offer."""
-
-    def __init__(self, *offers: dict[str, float]) -> None:
-        self._offers = offers
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": offer} for offer in self._offers]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("threads", "gpus", "offers", "said"),
-    [
-        (2, 0, {"CPU": 2, "memory": 8e9}, None),
-        (1000, 0, {"CPU": 2, "memory": 8e9}, r"a unit needs 1000 CPUs and 1.31 GB of memory; .* offers 2 and 8.00 GB"),
-        (2, 0, {"CPU": 2, "memory": 1e9}, r"a unit needs 2 CPUs and 1.31 GB of memory; .* offers 2 and 1.00 GB"),
-        (2, 1, {"CPU": 2, "memory": 8e9}, "a unit on backend=cuda needs a GPU, and no machine offers one"),
-    ],
-)
-def test_what_no_machine_offers_is_refused(threads: int, gpus: int, offers: dict[str, float], said: str | None) -> None:
-    cluster = object.__new__(RayCluster)  # none is started
-    cluster._ray, cluster.threads, cluster._spec = Machines(offers), threads, SimpleNamespace(units_at_once=None)
-    task: Any = SimpleNamespace(gpus=gpus, memory_bytes=int(1e9))
-    if said is None:
-        cluster.check([task])
-        return
-    with pytest.raises(BadSpec, match=said):
-        cluster.check([task])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_and_no_half_file(
@@ -136,13 +102,13 @@ def _runs_a_unit(process: Path, mark: str) -> bool:
     return is_unit and f"{MARK}={mark}".encode() in (process / "environ").read_bytes()
 
 
-def kill_a_worker(mark: str, process: subprocess.Popen[str]) -> bool:
-    """SIGKILL the first process that is running a unit."""
+def to_a_worker(mark: str, process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Send a signal to the first process that is running a unit."""
     while process.poll() is None:
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and _runs_a_unit(folder, mark):
-                    os.kill(int(folder.name), signal.SIGKILL)
+                    os.kill(int(folder.name), number)
                     return True
             except OSError:
                 continue
@@ -155,11 +121,55 @@ def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None
     source = write_checkpoint(tmp_path / "source", shards=2)
     assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
     process = start_job(source, tmp_path / "there", "cluster=ray", "cluster.threads=1", mark="killed")
-    assert kill_a_worker("killed", process)
+    assert to_a_worker("killed", process, signal.SIGKILL)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, (out, err)
     found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
     assert found[0] == found[1]
+
+
+# Patience for units of milliseconds. Before the first bytes, it must last for the start of a worker.
+IMPATIENT = """
+import sys
+import jobs.execution.ray.pace as pace
+pace.STUCK_S, pace.FIRST_S = 3.0, 15.0
+from jobs.run import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_frozen_for_good_costs_one_unit(tmp_path: Path, weightmill: Any) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
+    process = start(
+        "-c", IMPATIENT, *arguments(source, tmp_path / "there"), "cluster=ray", "cluster.threads=1",
+        environment={MARK: "frozen"},
+    )  # fmt: skip
+    assert to_a_worker("frozen", process, signal.SIGSTOP)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "has made no progress for" in err
+    found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
+    assert found[0] == found[1]
+    assert wait_until_gone("frozen") == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_outlives_a_killed_driver(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    process = start(
+        "-m", "jobs.run", *arguments(source, tmp_path / "out"), "cluster=ray", "unit_mb=0.001",
+        environment={MARK: "outlived", "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert to_a_worker("outlived", process, signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    began = time.monotonic()
+    assert wait_until_gone("outlived") == []
+    assert time.monotonic() - began < 10
+    assert list(tmp_path.glob("ray-*")) == []
 
 
 # In the place of Python's own: a worker of Ray cuts the first shard as soon as it has mapped it.

@@ -174,8 +174,8 @@ def test_memory_is_doubled_twice_and_then_the_unit_is_given_up_with_its_tensor(r
     ran = run(ray, [task])
     assert [memory // task.memory_bytes for _, _, memory, _ in ray.launched] == [1, 2, 4]
     assert ran.failed == [
-        "its worker was killed for memory (a), then its worker was killed for memory (b), then its worker was killed for"
-        " memory (a); it asked for 1.26 GB, and its largest tensor is layers.0.weight with 67.1 MB; give fewer"
+        "its worker was killed for memory (a), then its worker was killed for memory (b), then its worker was killed"
+        " for memory (a); it asked for 1.26 GB, and its largest tensor is layers.0.weight with 67.1 MB; give fewer"
         " cluster.threads, a smaller unit_mb, or machines with more memory"
     ]
     assert ran.notes[0] == "unit-000000 is tried again: its worker was killed for memory (a)"
@@ -220,14 +220,11 @@ def test_a_unit_fails_by_its_own_words(run: Run) -> None:
 
 
 def test_a_unit_that_fails_by_its_machine_runs_elsewhere(run: Run) -> None:
-    class Doubting(FakePlacement):
-        def doubt(self, node: str) -> bool:
-            self.doubted.add(node)
-            return len(self.doubted) < 2
-
     ray = FakeRay(a=machine(), b=machine())
-    ran = run(ray, large(1, fails="the output's folder is gone"), placement=Doubting(ray))
+    placement = FakePlacement(ray, out_if_asked=("a",))
+    ran = run(ray, large(1, fails="the output's folder is gone"), placement=placement)
     assert [node for node, *_ in ray.launched] == ["a", "b"]
+    assert placement.doubted == ["a", "b"]
     assert ran.failed == ["the output's folder is gone"]
 
 
