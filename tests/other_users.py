@@ -27,6 +27,15 @@ def _can_change_users() -> bool:
     return subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
 
 
+def becoming(*, reads: bool = True) -> list[str]:
+    """Return the command that runs one as a user without a name or rights; with `reads` it may read everything."""
+    if not _can_change_users():
+        pytest.skip("needs root, setpriv and unshare, to become another user")
+    may = f"-all,+{READS}" if reads else "-all"
+    words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", f"--inh-caps={may}"]
+    return [*words, f"--bounding-set={may}", *([f"--ambient-caps={may}"] if reads else [])]
+
+
 def as_nobody(
     *arguments: str | Path,
     cwd: Path,
@@ -38,12 +47,7 @@ def as_nobody(
 
     `mounts` are commands of a shell that change them first, as root. With `reads` the user may read everything.
     """
-    if not _can_change_users():
-        pytest.skip("needs root, setpriv and unshare, to become another user")
-    may = f"-all,+{READS}" if reads else "-all"
-    becoming = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", f"--inh-caps={may}"]
-    becoming += [f"--bounding-set={may}", *([f"--ambient-caps={may}"] if reads else [])]
-    command = shlex.join([*becoming, sys.executable, *map(str, arguments)])
+    command = shlex.join([*becoming(reads=reads), sys.executable, *map(str, arguments)])
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", f"mount --make-rprivate /; {mounts or ':'} && exec {command}"],

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from loaders.places import ROOT
 from tests.other_users import as_nobody
 
 PACKAGES = ("conf", "hydra_plugins", "jobs", "loaders", "weightmill")
+BESIDE = ("deploy", "docs")  # in a release's source, and not in the wheel
 
 
 def tracked() -> list[str]:
@@ -40,7 +42,7 @@ def wheel(place: Path) -> Path:
     if not (ROOT / ".git").exists():
         pytest.skip("needs a checkout, whose files git lists")
     for name in tracked():
-        if name.split("/")[0] in PACKAGES or "/" not in name:
+        if name.split("/")[0] in (*PACKAGES, *BESIDE) or "/" not in name:
             (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, place / "source" / name)
     # Of setuptools, pip would fetch another one for the build if it were not told to take this.
@@ -63,6 +65,22 @@ def test_it_holds_every_file_of_its_packages(wheel: Path) -> None:
     ours = {name for name in tracked() if name.split("/")[0] in PACKAGES and "/" in name}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == ours
+
+
+def test_the_source_of_a_release_has_the_recipes(wheel: Path, place: Path) -> None:
+    code = "import setuptools.build_meta as build; build.build_sdist('released')"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=place / "source", capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    [made] = (place / "source" / "released").glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        held = {
+            name.partition("/")[2]: file.mode & 0o111 for name, file in zip(archive.getnames(), archive, strict=True)
+        }
+    wanted = {name for name in tracked() if name.startswith("deploy/") or name == "docs/clusters.md"}
+    assert wanted <= {*held}
+    assert held["deploy/ssh/cluster"]
 
 
 def test_it_works_read_only_from_an_empty_folder_for_a_user_without_a_name(wheel: Path, place: Path) -> None:
