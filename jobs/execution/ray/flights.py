@@ -52,6 +52,14 @@ class Flight:
         self.progress = Progress(time.monotonic(), self.left[unit].work_bytes if unit in self.left else 0)
 
     @property
+    def signal(self) -> Any:
+        """What Ray is asked to wait for: the next message, or of a cancelled task its end.
+
+        Its stream ends at once, and whoever takes the next message then waits for the task's end, however long.
+        """
+        return self.stream if self.cancelled_s is None else self.stream.completed()
+
+    @property
     def is_lost(self) -> bool:
         """Whether it is not waited for: its outcome is no longer needed, or it is stuck."""
         return self.is_stuck or self.cancelled_s is not None
@@ -92,16 +100,22 @@ class Flights:
         if not self._by_stream:
             time.sleep(min(timeout_s, 0.1))
             return
-        streams = list(self._by_stream)
-        ready, _ = self._ray.wait(streams, num_returns=1, timeout=timeout_s, fetch_local=False)
-        if ready and len(streams) > 1:
-            time.sleep(PAUSE_S * len(streams))
-            ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
-        for stream in ready:
-            if (flight := self._by_stream.get(stream)) is None:
+        by_signal = {flight.signal: flight for flight in self._by_stream.values()}
+        ready, _ = self._ray.wait(list(by_signal), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready and len(by_signal) > 1:
+            time.sleep(PAUSE_S * len(by_signal))
+            ready, _ = self._ray.wait(list(by_signal), num_returns=len(by_signal), timeout=0, fetch_local=False)
+        for signal in ready:
+            flight = by_signal[signal]
+            if flight.stream not in self._by_stream:
                 continue  # dropped by what came before
             try:
-                flight.late = flight.late or next(stream)
+                if flight.cancelled_s is not None:
+                    if signal is not flight.stream:
+                        self._ray.get(signal, timeout=GET_S)
+                        raise StopIteration
+                    continue
+                flight.late = flight.late or next(flight.stream)
                 message = self._ray.get(flight.late, timeout=GET_S)
             except StopIteration:
                 self.drop(flight)

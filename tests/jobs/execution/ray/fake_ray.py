@@ -95,6 +95,17 @@ class Stream:
         self.events: list[tuple[float, Any]] = []
         self.value: Any = None
 
+    def completed(self) -> Stream:
+        """Its own end, as the stream of a cancelled task has nothing else."""
+        return self._end
+
+    @property
+    def _end(self) -> Stream:
+        if not hasattr(self, "_made"):
+            self._made = Stream(self.node, self.began_s)
+        self._made.events = self.events
+        return self._made
+
     def __next__(self) -> Any:
         when, event = self.events.pop(0)
         assert when < float("inf")
