@@ -27,7 +27,7 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.orchestration import already, engine_check, needs, preflight
+    from jobs.orchestration import already, engine_check, machines, needs, preflight
     from jobs.report import plan
     from jobs.report.result import findings_text
     from loaders.presets.auto import AutoQuant
@@ -45,7 +45,7 @@ def act(spec: PlanSpec) -> Said:
         said = [mix, ""]
     planned = preflight.plan_job(job, again=not job.output.overwrite)
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
-    notes = [*already.notes_of(planned), *needs.notes_of(planned), *about]
+    notes = [*already.notes_of(planned), *needs.notes_of(planned), *machines.machines_of(planned), *about]
     status = FAILED if answer.faults and spec.lint == "fail" else DONE
 
     def document() -> dict[str, Any]:  # of a large model as large as its plan

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -177,7 +177,8 @@ def reach_stores(spec: BaseModel) -> None:
     """Make a request's settings of stores, if it has some, those of this process."""
     settings = getattr(spec, "store_settings", None)
     if settings is None and isinstance(store := getattr(spec, "store", None), StoreSpec):
-        settings = store.settings
+        cluster = getattr(spec, "cluster", None)
+        settings = replace(store.settings, read_limit=getattr(cluster, "read_limit", None))
     if settings is not None:
         use(settings)
 

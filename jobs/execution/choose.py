@@ -40,6 +40,11 @@ def check_cluster(spec: ClusterSpec) -> None:
     raise not_installed(what, lacks, "cluster=local runs in this process")
 
 
+def is_joined(spec: ClusterSpec) -> bool:
+    """Whether units run on a Ray cluster that is there already."""
+    return not is_local(spec) and bool(spec.address or os.environ.get("RAY_ADDRESS"))
+
+
 def is_local(spec: ClusterSpec) -> bool:
     """Whether units run in this process."""
     return spec.kind == "local" or (spec.kind == "auto" and not (spec.address or os.environ.get("RAY_ADDRESS")))

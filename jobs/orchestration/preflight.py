@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.execution.choose import check_cluster, is_local
+from jobs.execution.choose import check_cluster, is_joined, is_local
 from jobs.execution.cluster import LocalCluster
 from jobs.orchestration.earlier import check_passed, lacks_judging, made_before
 from jobs.output.destination import check_free, check_ours, check_place
@@ -84,8 +84,10 @@ def plan_job(
     else:
         check_free(spec, output)
     target = target_of(spec)
-    # Raises BadSpec now if the backend does not exist, and not in the first unit.
-    check_backend(spec.backend.asked)
+    # Raises BadSpec now if the backend does not exist, and not in the first unit. The machines of a cluster may have
+    # what this one lacks; they are asked before they get work.
+    if not is_joined(spec.cluster):
+        check_backend(spec.backend.asked)
     check_cluster(spec.cluster)
     check_tracking(spec.tracking)
     with no_collection():

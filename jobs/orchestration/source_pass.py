@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.cli.listening import working_on
 from jobs.cli.verb import Said, note, show
-from jobs.execution.choose import choose
+from jobs.execution.choose import choose, is_local
 from jobs.execution.cluster import GO_ON, Cluster, ClusterLost, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
@@ -143,7 +143,7 @@ class Clusters:
 
     def get(self, spec: ClusterSpec, backends: Collection[str]) -> Cluster:
         """Return the cluster of the settings, for jobs on some backends."""
-        if "cuda" in backends and spec.units_at_once is None:
+        if "cuda" in backends and spec.units_at_once is None and is_local(spec):
             spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of("cuda")))})
         if self._cluster is None or spec != self._spec:
             self.close()

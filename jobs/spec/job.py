@@ -374,6 +374,7 @@ class JobSpec(Spec):
         """How stores are reached, and what outputs on the Hub are to be like."""
         return replace(
             self.store.settings,
+            read_limit=self.cluster.read_limit,
             journal=self.output.journal,
             private=self.output.private,
             commit_message=self.output.commit_message or f"{self.quant.name} of {self.model_name}, by weightmill",

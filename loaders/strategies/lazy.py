@@ -12,7 +12,9 @@ import numpy as np
 
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
+from loaders.storage import local
 from loaders.storage.base import PinnedFiles
+from loaders.storage.read_limit import before_reading, is_limited
 from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short, local_root
 from loaders.strategies.reading.cut_maps import name_map
 
@@ -74,7 +76,17 @@ class MappedFiles:
             found = self._maps.setdefault(spec.file, map_file(self._root / spec.file, private=self._private))
         if found.size < spec.offset + spec.size:
             raise cut_short(spec, found.size)
+        if is_limited():
+            self._wait_for(spec, start, spec.size if stop is None else stop)
         return found[spec.offset : spec.offset + spec.size][start:stop]
+
+    def _wait_for(self, spec: WeightSpec, start: int, stop: int) -> None:
+        """Wait until a range may be read; what the page cache holds is not read."""
+        path = self._root / spec.file
+        with io_errors("reading", path), path.open("rb") as file:
+            share = local.cached_part(file.fileno(), spec.offset + start, spec.offset + stop)
+        if share != 1:
+            before_reading(stop - start)
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         for piece in pieces:

@@ -16,6 +16,7 @@ from loaders.errors import BadSpec
 from loaders.faults import not_positive
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
+from loaders.storage.read_limit import before_reading
 from loaders.strategies.base import PieceReader, TensorBytes, Use, WeightLoader
 from loaders.strategies.reading.announced import Ahead
 from loaders.strategies.reading.buffers import Buffers
@@ -57,6 +58,7 @@ class RemoteFiles:
             return found
         out = np.empty(last - first, np.uint8)
         for at in range(first, last, SEGMENT):
+            before_reading(min(SEGMENT, last - at))
             data = self._files.read(spec.file, at, min(at + SEGMENT, last))
             out[at - first : at - first + len(data)] = np.frombuffer(data, np.uint8)
         return out

@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.execution.cluster import Task
 from jobs.output.journal import Journal
+from loaders.backends import check_backend
 from loaders.errors import StorageError, WeightmillError
 from loaders.places import code_digest
 from loaders.storage import open_source
@@ -50,10 +51,11 @@ class Question:
 
     task: Task[Any]
     files: tuple[Entry, ...]  # of the source, as they were planned for
-    journals: tuple[Journal, ...]  # of all outputs
+    outputs: tuple[tuple[Address, str], ...]  # the address and the key of each journal, which opens stores
     name: str  # of a file that the driver leaves in each journal, with `token` in it
     token: bytes
     scratch_bytes: int  # that a unit needs in the scratch folder
+    backend: str = "cpu"  # that the machine must have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +87,9 @@ def fault_of(question: Question, wrote: str) -> str:
     """
     if fault := source_fault(open_source(question.task.source), question.files):
         return fault
+    check_backend(question.backend)
     question.task.reach()
-    for journal in question.journals:
+    for journal in (Journal(output, key) for output, key in question.outputs):
         if not journal.destination.is_there():
             return (
                 f"{journal.destination.journal} is not there; on several machines the output must lie where all of them"
@@ -110,9 +113,9 @@ def source_fault(store: Store, files: Sequence[Entry]) -> str:
         return ""
     first = others[0]
     # A network filesystem may know files as they were a while ago; opening one has most of them ask again.
-    if store.is_local and (path := store.local_path(first.name)) is not None:
-        with suppress(OSError):
-            path.open("rb").close()
+    if store.is_local:
+        with suppress(WeightmillError):
+            store.read(first, 0, 0)
         if again(lambda: store.find(first.name) == first):
             return source_fault(store, others[1:])
     return _difference(first, store.find(first.name))

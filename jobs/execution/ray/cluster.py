@@ -18,7 +18,7 @@ from jobs.execution.live import Live
 from jobs.execution.ray.dispatch import Dispatch
 from jobs.execution.ray.fitting import Scaling, await_machines, check_fits
 from jobs.execution.ray.flights import Flights
-from jobs.execution.ray.machines import Machine, live_machines
+from jobs.execution.ray.machines import MOST_THREADS, Machine, live_machines, threads_of
 from jobs.execution.ray.own import OwnRay
 from jobs.execution.ray.placement import Placement
 from jobs.execution.ray.start import connect
@@ -30,7 +30,6 @@ from loaders.words import counted
 CLOSE_S = 30.0  # seconds that Ray gets to stop attempts, and again to disconnect
 SOME_S = 10.0  # seconds without a word of the head after which it is asked nothing more
 LOST_S = 5.0  # seconds to disconnect from a cluster whose head is gone
-MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
 
 
 class RayCluster:
@@ -57,9 +56,8 @@ class RayCluster:
             self.close()
             raise
         self._machines = live_machines(self._ray)
-        if address and not spec.threads:
-            most = max((machine.cpus for machine in self._machines if machine.fits(spec)), default=1)
-            self.threads = max(1, min(int(most), MOST_THREADS))
+        if address:
+            self.threads = threads_of(self._machines, spec)
 
     @property
     def description(self) -> str:

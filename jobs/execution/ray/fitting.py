@@ -66,7 +66,7 @@ def check_fits(ray: Any, spec: ClusterSpec, threads: int, tasks: Sequence[Task[A
             return _lacking(spec)
         return next((found for task in largest if (found := _unfit(machines, task, threads, spec))), "")
 
-    _await(ray, spec, fault, lambda: scaling.want([need.bundle(spec) for need in needs]))
+    _await(ray, spec, fault, lambda: scaling.want([need.bundle(spec, with_memory=True) for need in needs]))
 
 
 def _await(ray: Any, spec: ClusterSpec, fault: Callable[[list[Machine]], str], ask: Callable[[], None]) -> None:

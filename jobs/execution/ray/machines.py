@@ -11,6 +11,7 @@ from jobs.execution.cluster import Task
 from jobs.spec.cluster import ClusterSpec
 from loaders.words import counted
 
+MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
 BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before it has any weights
 SHOWN = 4  # names of machines that a list gives before it counts the rest
 
@@ -78,10 +79,11 @@ class Need:
         found: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus, "memory": self.memory}
         return {**found, "resources": dict(spec.resources)} if spec.resources else found
 
-    def bundle(self, spec: ClusterSpec) -> dict[str, float]:
-        """Return it as Ray's autoscaler takes it."""
+    def bundle(self, spec: ClusterSpec, *, with_memory: bool = False) -> dict[str, float]:
+        """Return it as Ray's autoscaler takes it. Not every one knows the memory of machines that it could start."""
         gpus = {"GPU": self.gpus} if self.gpus else {}
-        return {"CPU": self.threads, **gpus, "memory": self.memory, **spec.resources}
+        memory = {"memory": self.memory} if with_memory else {}
+        return {"CPU": self.threads, **gpus, **memory, **spec.resources}
 
     def __str__(self) -> str:
         gpus = f", {counted(self.gpus, 'GPU')}" if self.gpus else ""
@@ -95,6 +97,12 @@ def on(task: Task[Any], threads: int) -> Task[Any]:
 
 def live_machines(ray: Any) -> list[Machine]:
     return [Machine.of(node) for node in ray.nodes() if node["Alive"]]
+
+
+def threads_of(machines: Iterable[Machine], spec: ClusterSpec) -> int:
+    """Return the threads of a unit on a cluster: as many as its largest machine has CPUs, but not too many."""
+    most = max((machine.cpus for machine in machines if machine.fits(spec)), default=1)
+    return spec.threads or max(1, min(int(most), MOST_THREADS))
 
 
 def named(machines: Iterable[Machine]) -> str:
@@ -116,12 +124,11 @@ def told(machines: Iterable[Machine], need: Mapping[str, Need], spec: ClusterSpe
     alike: dict[tuple[int, int, int], list[Machine]] = {}
     for machine in machines:
         units = machine.units(need[machine.id], spec)
-        alike.setdefault((units, need[machine.id].threads, int(machine.gpus)), []).append(machine)
+        alike.setdefault((units, need[machine.id].threads, need[machine.id].gpus), []).append(machine)
     lines = []
     for (units, threads, gpus), rows in sorted(alike.items(), reverse=True):
-        each = " each" if len(rows) > 1 else ""
-        with_gpus = f", {counted(gpus, 'GPU')}{each}" if gpus else ""
+        each, with_gpu = " each" if len(rows) > 1 else "", " and a GPU" if gpus else ""
         lines.append(
-            f"{named(rows)}: {counted(units, 'unit')} at once{each}, of {counted(threads, 'thread')}{with_gpus}"
+            f"{named(rows)}: {counted(units, 'unit')} at once{each}, of {counted(threads, 'thread')}{with_gpu}"
         )
     return lines

@@ -17,6 +17,8 @@ from loaders.errors import StorageError
 from loaders.storage.settings import current
 
 ASK_S = 120.0  # seconds that a machine has to answer whether it can work, with the start of a worker
+# Errors of Ray that tell of a machine which died meanwhile: it has not answered, and is asked anew if it is there yet.
+GONE = ("TaskUnschedulableError", "NodeDiedError")
 CLOCK_S = 60.0  # a clock that differs by more is said: stores refuse requests that are minutes old
 
 
@@ -45,10 +47,11 @@ class Looks:
         self._here = Facts()
         self._asked: dict[Any, _Asked] = {}
         self._journals = journals_of(tasks)
+        self._has_gpu_units = any(task.gpus for task in tasks)
         self._question = Question(
             task=tasks[0],
             files=files_of(tasks),
-            journals=tuple(self._journals),
+            outputs=tuple((journal.output, journal.key) for journal in self._journals),
             name=f"asked-{secrets.token_hex(6)}",
             token=secrets.token_bytes(16),
             scratch_bytes=max(task.scratch_bytes for task in tasks),
@@ -72,7 +75,8 @@ class Looks:
 
         settings = replace(current(), patience_s=min(current().patience_s, ASK_S / 4), read_limit=None)
         options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": On(machine.id, soft=False)}
-        sent = self._remote.options(**options).remote(self._question, settings)
+        question = replace(self._question, backend="cuda" if self._has_gpu_units and machine.gpus else "cpu")
+        sent = self._remote.options(**options).remote(question, settings)
         self._asked[sent] = _Asked(machine, time.time(), time.monotonic())
 
     def answered(self, timeout_s: float = 0) -> Iterator[Verdict]:
@@ -85,7 +89,8 @@ class Looks:
             try:
                 answer = self._ray.get(sent)
             except self._ray.exceptions.RayError as error:
-                yield Verdict(asked.machine, said_by_ray(error))
+                if type(error).__name__ not in GONE:
+                    yield Verdict(asked.machine, said_by_ray(error))
             else:
                 yield self._judged(asked, answer)
         late = time.monotonic() - ASK_S

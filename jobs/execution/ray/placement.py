@@ -182,6 +182,7 @@ class Placement:
         self._left = self._left if left is None else left
         alive = {machine.id: machine for machine in (Machine.of(node) for node in nodes if node["Alive"])}
         self._machines = {name: machine for name, machine in self._machines.items() if name in alive}
+        self._out = {name: fault for name, fault in self._out.items() if name in alive}
         if self._is_joined:
             looks = self._look()
             looks.forget(looks.under_way - {*alive})

@@ -19,6 +19,7 @@ from functools import cache
 
 from loaders.backends.threads import Stopped
 from loaders.errors import BadCheckpoint
+from loaders.storage.read_limit import before_reading
 from loaders.storage.settings import current
 from loaders.strategies.base import Use
 from loaders.strategies.reading.announced import Ahead
@@ -158,6 +159,7 @@ class Fetcher:
 
     def _fetch(self, reader: Ahead, segment: Segment) -> None:
         file = segment.run.file
+        before_reading(segment.size)
         data = reader.files.read(file, segment.start, segment.stop)
         if len(data) != segment.size:
             raise BadCheckpoint(

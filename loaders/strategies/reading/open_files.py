@@ -12,6 +12,7 @@ from loaders.backends.scratch import Scratch
 from loaders.errors import StorageError, io_errors
 from loaders.specs import WeightSpec
 from loaders.storage import local
+from loaders.storage.read_limit import before_reading, is_limited
 from loaders.strategies.base import cut_short
 from loaders.strategies.lazy import MappedFiles, map_privately
 
@@ -46,8 +47,8 @@ class OpenFiles:
         self._descriptors.clear()
 
     def advise(self, spec: WeightSpec, start: int, stop: int) -> None:
-        """Ask the kernel to begin to fetch a range; not every system can be asked."""
-        if hasattr(os, "posix_fadvise"):
+        """Ask the kernel to begin to fetch a range, if the system can be asked and reading is not limited."""
+        if not is_limited() and hasattr(os, "posix_fadvise"):
             with io_errors("reading", self._root / spec.file):
                 descriptor = self.descriptor(spec.file)
                 os.posix_fadvise(descriptor, spec.offset + start, stop - start, os.POSIX_FADV_WILLNEED)
@@ -60,6 +61,7 @@ class OpenFiles:
             StorageError: it cannot be read.
         """
         descriptor, at, left = self.descriptor(spec.file), spec.offset + start, out.data
+        self._wait_for(spec, start, start + out.nbytes)
         with io_errors("reading", self._root / spec.file):
             while left:
                 count = os.preadv(descriptor, [left], at)
@@ -67,8 +69,14 @@ class OpenFiles:
                     raise cut_short(spec, at)
                 at, left = at + count, left[count:]
 
+    def _wait_for(self, spec: WeightSpec, start: int, stop: int) -> None:
+        """Wait until a range may be read, if reading is limited; what the page cache holds is not read."""
+        if is_limited() and not self.is_cached(spec, start, stop):
+            before_reading(stop - start)
+
     def fetch(self, spec: WeightSpec, start: int, stop: int) -> None:
         """Bring a range into the page cache. Errors as `fill`."""
+        self._wait_for(spec, start, stop)
         with io_errors("reading", self._root / spec.file):
             end = local.fetch(self.descriptor(spec.file), spec.offset + start, spec.offset + stop)
         if end is not None and end < spec.offset + stop:

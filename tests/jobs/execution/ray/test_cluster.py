@@ -9,13 +9,10 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.execution.ray.cluster import RayCluster
-from loaders.errors import BadSpec
 from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.making import snapshot, write_checkpoint
@@ -73,37 +70,6 @@ def test_a_sweep_on_ray_writes_what_this_process_writes_and_stops_at_the_gate_as
     assert snapshot(out, ignore=[REPORT]) == snapshot(tmp_path / "here", ignore=[REPORT])
     assert {**reports[0], "run": None} == {**reports[1], "run": None}
     assert wait_until_gone("sweep") == []
-
-
-class Machines:
-    """In place of Ray: what its machines offer."""
-
-    def __init__(self, *offers: dict[str, float]) -> None:
-        self._offers = offers
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": offer} for offer in self._offers]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("threads", "gpus", "offers", "said"),
-    [
-        (2, 0, {"CPU": 2, "memory": 8e9}, None),
-        (1000, 0, {"CPU": 2, "memory": 8e9}, r"a unit needs 1000 CPUs and 1.31 GB of memory; .* offers 2 and 8.00 GB"),
-        (2, 0, {"CPU": 2, "memory": 1e9}, r"a unit needs 2 CPUs and 1.31 GB of memory; .* offers 2 and 1.00 GB"),
-        (2, 1, {"CPU": 2, "memory": 8e9}, "a unit on backend=cuda needs a GPU, and no machine offers one"),
-    ],
-)
-def test_what_no_machine_offers_is_refused(threads: int, gpus: int, offers: dict[str, float], said: str | None) -> None:
-    cluster = object.__new__(RayCluster)  # none is started
-    cluster._ray, cluster.threads, cluster._spec = Machines(offers), threads, SimpleNamespace(units_at_once=None)
-    task: Any = SimpleNamespace(gpus=gpus, memory_bytes=int(1e9))
-    if said is None:
-        cluster.check([task])
-        return
-    with pytest.raises(BadSpec, match=said):
-        cluster.check([task])
 
 
 @pytest.mark.slow
