@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,15 @@ class Flight:
     one that of the worker's start.
     """
 
-    def __init__(self, tasks: Sequence[Task[Any]], spot: Spot, stream: Any) -> None:
+    def __init__(self, tasks: Sequence[Task[Any]], spot: Spot, name: str, stream: Any) -> None:
         self.left = {task.unit.id: task for task in tasks}
         self.spot = spot
+        self.name = name  # of the Ray task, by which its worker's process is found
         self.stream = stream
         self.unit: str | None = None
         self.progress = Progress(time.monotonic(), 0)
         self.silent_s = max(getattr(task, "silent_s", 0.0) for task in tasks)
-        self.pid: int | None = None  # of its worker, once that has begun
+        self.has_begun = False  # whether its worker was heard of
         self.is_short = False  # whether its machine had little memory left when it was last heard of
         self.is_stuck = False
         self.cancelled_s: float | None = None
@@ -50,6 +52,14 @@ class Flight:
         self.unit = unit
         work_bytes = self.left[unit].work_bytes if unit in self.left else 0
         self.progress = Progress(time.monotonic(), work_bytes, silent_s=self.silent_s)
+
+    @property
+    def signal(self) -> Any:
+        """What Ray is asked to wait for: the next message, or of a cancelled task its end.
+
+        Its stream ends at once, and whoever takes the next message then waits for the task's end, however long.
+        """
+        return self.stream if self.cancelled_s is None else self.stream.completed()
 
     @property
     def is_lost(self) -> bool:
@@ -83,10 +93,11 @@ class Flights:
 
     def launch(self, tasks: Sequence[Task[Any]], spot: Spot) -> Flight:
         """Submit attempts on a machine. Ray repeats nothing by itself: who launches again knows where, and why."""
-        remote = self._remote.options(name=tasks[0].unit.id, num_returns="streaming", max_retries=0, **spot.options)
+        name = f"{tasks[0].unit.id}.{uuid.uuid4().hex[:8]}"
+        remote = self._remote.options(name=name, num_returns="streaming", max_retries=0, **spot.options)
         every_s = max(PROGRESS_S, len(self) / MESSAGES_A_SECOND)
         sent = remote.remote([spot.task(task) for task in tasks], spot.settings, every_s)
-        flight = Flight(tasks, spot, sent)
+        flight = Flight(tasks, spot, name, sent)
         self._by_stream[flight.stream] = flight
         self.by_node[spot.node] += 1
         return flight
@@ -96,16 +107,22 @@ class Flights:
         if not self._by_stream:
             time.sleep(min(timeout_s, 0.1))
             return
-        streams = list(self._by_stream)
-        ready, _ = self._ray.wait(streams, num_returns=1, timeout=timeout_s, fetch_local=False)
-        if ready and len(streams) > 1:
-            time.sleep(PAUSE_S * len(streams))
-            ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
-        for stream in ready:
-            if (flight := self._by_stream.get(stream)) is None:
+        by_signal = {flight.signal: flight for flight in self._by_stream.values()}
+        ready, _ = self._ray.wait(list(by_signal), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready and len(by_signal) > 1:
+            time.sleep(PAUSE_S * len(by_signal))
+            ready, _ = self._ray.wait(list(by_signal), num_returns=len(by_signal), timeout=0, fetch_local=False)
+        for signal in ready:
+            flight = by_signal[signal]
+            if flight.stream not in self._by_stream:
                 continue  # dropped by what came before
             try:
-                flight.late = flight.late or next(stream)
+                if flight.cancelled_s is not None:
+                    if signal is not flight.stream:
+                        self._ray.get(signal, timeout=GET_S)
+                        raise StopIteration
+                    continue
+                flight.late = flight.late or next(flight.stream)
                 message = self._ray.get(flight.late, timeout=GET_S)
             except StopIteration:
                 self.drop(flight)
@@ -170,10 +187,9 @@ class Flights:
         flight.was_killed = True
         with contextlib.suppress(Exception):
             self._ray.cancel(flight.stream, force=True)
-        if flight.pid is not None:
-            with contextlib.suppress(Exception):
-                options = self._end.options(num_cpus=0, max_retries=0, **_where(flight))
-                self._asked.append(options.remote(flight.pid))
+        with contextlib.suppress(Exception):
+            options = self._end.options(num_cpus=0, max_retries=0, **_where(flight))
+            self._asked.append(options.remote(flight.name))
 
     def close(self, stop_s: float = STOP_S) -> None:
         """Ask all attempts to stop, wait until they have removed their part files, then kill those that are left."""
