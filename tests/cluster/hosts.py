@@ -54,6 +54,8 @@ ip link set lo up
 touch "$DISK/is-there"
 exec sleep infinity
 """
+# Variables of the tests' own process: with a TMPDIR, Ray of all hosts would share a folder.
+OF_THE_MACHINE = ("--unset=RAY_ADDRESS", "--unset=TMPDIR", "--unset=RAY_TMPDIR")
 # Nothing of a host outlives the process that runs the tests.
 DIES = ["setpriv", "--pdeathsig", "KILL"]
 
