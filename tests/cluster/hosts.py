@@ -178,11 +178,8 @@ class Host:
         given = {**self.environment, **(environment or {})}
         enter = f"nsenter --target {self._init} --net --mount --uts --ipc --pid -- env"
         joins = "".join(f"echo $$ > {made}/cgroup.procs; " for made in self._cgroups)
-        words = [
-            "--unset=RAY_ADDRESS",
-            "--default-signal=INT,TERM,HUP",
-            *(f"{name}={value}" for name, value in given.items()),
-        ]
+        words = [f"--chdir={Path.cwd()}", "--default-signal=INT,TERM,HUP", *OF_THE_MACHINE]
+        words += [f"{name}={value}" for name, value in given.items()]
         return [*DIES, "sh", "-c", f'{joins}exec {enter} "$@"', "sh", *words, *map(str, arguments)]
 
     def start(
