@@ -216,9 +216,9 @@ class Host:
         """Pull the power: nobody is told, as no packet leaves a host without power."""
         if not self.is_on:
             return
-        self.unplug()
-        self._end()
+        self.is_disturbed = True
         self.network.switch("ip", "link", "delete", self._cable)
+        self._end()
 
     def freeze(self) -> None:
         """Stop all processes of the host; its network answers."""

@@ -29,19 +29,6 @@ def test_the_head_is_off(case: Case) -> None:
     case.resumes(job, units=8)
 
 
-def test_the_head_is_killed(case: Case) -> None:
-    """the head's process is killed (gcs_server)"""
-    cluster = case.cluster
-    job = case.job(host=cluster.hosts[1])
-    job.wait_for_units(8)
-    cluster.hosts[0].is_disturbed = True
-    for process in cluster.hosts[0].processes:
-        if "gcs_server" in process.command:
-            process.kill()
-    case.has_failed(job, 1, "failed:", "of 27 units are done", remark="said in a line; the rerun goes on", for_s=120)
-    case.resumes(job, units=8)
-
-
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGHUP, 130)],
