@@ -29,7 +29,7 @@ class Cause:
 def cause_of(flight: Flight, error: Exception | None) -> Cause:
     """Say why a flight ended, by Ray's error; None stands for a stream that ended before its time."""
     name = "" if error is None else type(error).__name__
-    if name in REFUSED or (flight.pid is None and name not in ("OutOfMemoryError", "RuntimeEnvSetupError", "")):
+    if name in REFUSED or (not flight.has_begun and name not in ("OutOfMemoryError", "RuntimeEnvSetupError", "")):
         return Cause("away", "its machine took no work")
     if name == "OutOfMemoryError":
         return Cause("memory", "its worker was killed for memory")

@@ -169,7 +169,7 @@ class Dispatch:
         self._heard(flight, now)
         for kind, value in message:
             if kind == "began":
-                flight.pid = value
+                flight.has_begun = True
             elif kind == "unit":
                 if flight.unit is not None:
                     self._live.launched(value, flight.spot.name)
@@ -334,7 +334,7 @@ class Dispatch:
 
     def _is_queued(self, flight: Flight, now: float) -> bool:
         """Whether a flight waits for CPUs of its machine that other jobs use, while another machine is idle."""
-        if flight.pid is not None or now - flight.progress.since_s < QUEUED_S:
+        if flight.has_begun or now - flight.progress.since_s < QUEUED_S:
             return False
         node, task = flight.spot.node, next(iter(flight.left.values()), None)
         flying, without = self._flights.by_node, self._avoided | {node}
@@ -388,7 +388,7 @@ class Dispatch:
             self._silent.add(flight.spot.node)
             if flight.spot.node not in self._pings:
                 self._pings[flight.spot.node] = self._flights.ask(flight)
-            if flight.pid is None:
+            if not flight.has_begun:
                 # It has not begun, and nothing is lost. Its machine may be busy with other jobs.
                 self._flights.cancel(flight)
                 yield from self._ended(flight, Cause("away", "its machine took no work"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,14 @@ class Flight:
     one that of the worker's start.
     """
 
-    def __init__(self, tasks: Sequence[Task[Any]], spot: Spot, stream: Any) -> None:
+    def __init__(self, tasks: Sequence[Task[Any]], spot: Spot, name: str, stream: Any) -> None:
         self.left = {task.unit.id: task for task in tasks}
         self.spot = spot
+        self.name = name  # of the Ray task, by which its worker's process is found
         self.stream = stream
         self.unit: str | None = None
         self.progress = Progress(time.monotonic(), 0)
-        self.pid: int | None = None  # of its worker, once that has begun
+        self.has_begun = False  # whether its worker was heard of
         self.is_short = False  # whether its machine had little memory left when it was last heard of
         self.is_stuck = False
         self.cancelled_s: float | None = None
@@ -76,10 +78,11 @@ class Flights:
 
     def launch(self, tasks: Sequence[Task[Any]], spot: Spot) -> Flight:
         """Submit attempts on a machine. Ray repeats nothing by itself: who launches again knows where, and why."""
-        remote = self._remote.options(name=tasks[0].unit.id, num_returns="streaming", max_retries=0, **spot.options)
+        name = f"{tasks[0].unit.id}.{uuid.uuid4().hex[:8]}"
+        remote = self._remote.options(name=name, num_returns="streaming", max_retries=0, **spot.options)
         every_s = max(PROGRESS_S, len(self) / MESSAGES_A_SECOND)
         sent = remote.remote([spot.task(task) for task in tasks], spot.settings, every_s)
-        flight = Flight(tasks, spot, sent)
+        flight = Flight(tasks, spot, name, sent)
         self._by_stream[flight.stream] = flight
         self.by_node[spot.node] += 1
         return flight
@@ -163,10 +166,9 @@ class Flights:
         flight.was_killed = True
         with contextlib.suppress(Exception):
             self._ray.cancel(flight.stream, force=True)
-        if flight.pid is not None:
-            with contextlib.suppress(Exception):
-                options = self._end.options(num_cpus=0, max_retries=0, **_where(flight))
-                self._asked.append(options.remote(flight.pid))
+        with contextlib.suppress(Exception):
+            options = self._end.options(num_cpus=0, max_retries=0, **_where(flight))
+            self._asked.append(options.remote(flight.name))
 
     def close(self, stop_s: float = STOP_S) -> None:
         """Ask all attempts to stop, wait until they have removed their part files, then kill those that are left."""

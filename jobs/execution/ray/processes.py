@@ -22,11 +22,16 @@ PROCESSES = Path("/proc")
 ROUNDS, PAUSE_S = 100, 0.05  # a process in a call that never returns cannot be killed
 
 
-def end_remotely(pid: int) -> None:
-    """Kill a worker of Ray on this machine, in a Ray task beside it. It may be stopped, so it is not asked."""
-    with suppress(OSError):
-        if (PROCESSES / str(pid) / "cmdline").read_bytes().startswith(WORKER):
-            os.kill(pid, signal.SIGKILL)
+def end_remotely(name: str) -> None:
+    """Kill the worker of Ray on this machine that runs the task of a name, in a Ray task beside it.
+
+    It may be stopped, so it is not asked; nor has it always told its process' id.
+    """
+    for each in PROCESSES.iterdir() if PROCESSES.is_dir() else ():
+        # It has ended meanwhile, or is another user's.
+        with suppress(OSError):
+            if each.name.isdigit() and (each / "cmdline").read_bytes().rstrip(b"\0") == WORKER + name.encode():
+                os.kill(int(each.name), signal.SIGKILL)
 
 
 def guard(folder: Path, *, keep: bool) -> subprocess.Popen[bytes]:

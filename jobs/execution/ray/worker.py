@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ def ask_remotely(task: Task[Any], settings: StoreSettings) -> str:
 def run_remotely(tasks: Sequence[Task[Any]], settings: StoreSettings, every_s: float = PROGRESS_S) -> Iterator[Message]:
     """Run tasks in a Ray worker, one after another, with the driver's settings of stores.
 
-    Yields messages, which are lists of events: first "began" with the process' id; then for each task "unit" with its
+    Yields messages, which are lists of events: first "began"; then for each task "unit" with its
     id, "bytes" of work done, and "outcome"; and between them "moved" for bytes from and to stores, "sign" if the
     process has read or written without doing work bytes (while it syncs, uploads or reads back), "compiling", and
     "short" with whether this machine has little memory left.
@@ -45,7 +44,7 @@ def run_remotely(tasks: Sequence[Task[Any]], settings: StoreSettings, every_s: f
     """
     be_program()
     use(settings)
-    yield [("began", os.getpid())]
+    yield [("began", None)]
     stop, done, news = threading.Event(), threading.Event(), News()
     failed: list[BaseException] = []
 

@@ -6,7 +6,6 @@ A submitted task is a list of messages with the times at which they come. Waitin
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +115,7 @@ class FakeRay:
         self.counts: Counter[str] = Counter()
         self.launched: list[tuple[str, tuple[str, ...], int, float]] = []  # node, units, memory, when
         self.streams: list[Stream] = []
-        self._pids = itertools.count(1)
-        self._by_pid: dict[int, Stream] = {}
+        self._by_name: dict[str, Stream] = {}
 
     # --- time
 
@@ -141,11 +139,11 @@ class FakeRay:
     def _run_remotely(self, options: Any, given: Sequence[FakeTask], *_: Any) -> Stream:
         node = options["scheduling_strategy"]
         machine, stream = self.machines[node], Stream(node, self.now)
-        pid, when = next(self._pids), self.now + 0.1
+        when = self.now + 0.1
         self.counts["tasks"] += 1
         self.launched.append((node, tuple(task.unit.id for task in given), options.get("memory", 0), self.passed_s))
         add = stream.events.append
-        add((when, [("began", pid), ("short", machine.is_short)]))
+        add((when, [("began", None), ("short", machine.is_short)]))
         if machine.compiles_s and not machine.ran:
             add((when, [("unit", given[0].unit.id), ("compiling", None)]))
             when += machine.compiles_s
@@ -171,7 +169,7 @@ class FakeRay:
             add((when, [*message, ("bytes", left), ("outcome", end)]))
         else:
             add((when, None))
-        self._by_pid[pid] = stream
+        self._by_name[options["name"]] = stream
         self.streams.append(stream)
         self._freeze(stream)
         return stream
@@ -192,8 +190,8 @@ class FakeRay:
         self._freeze(stream)
         return stream
 
-    def _end_remotely(self, options: Any, pid: int) -> Stream:
-        stream = self._by_pid[pid]
+    def _end_remotely(self, options: Any, name: str) -> Stream:
+        stream = self._by_name[name]
         self.counts["killed"] += 1
         stream.events = [(self.now + 0.5, WorkerCrashedError("killed"))]
         if self.passed_s > min(self.machines[stream.node].frozen_s, self.machines[stream.node].dies_s):

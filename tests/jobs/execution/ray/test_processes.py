@@ -65,12 +65,16 @@ def test_a_folder_that_a_user_wants_to_look_into_stays(tmp_path: Path) -> None:
     assert tmp_path.exists()
 
 
-def test_only_workers_of_ray_are_ended(
+def test_only_the_worker_of_a_task_is_ended(
     started: dict[str, subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_remotely(started["other"].pid)
-    assert started["other"].poll() is None
-    monkeypatch.setattr(processes, "WORKER", sys.executable.encode())
-    end_remotely(started["stopped"].pid)
+    title = Path(f"/proc/{started['stopped'].pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    end_remotely("unit-00001.01234567")
+    end_remotely(title)  # it is no worker
+    assert started["stopped"].poll() is None
+    monkeypatch.setattr(processes, "WORKER", title[:3].encode())
+    end_remotely(title[3:-1])
+    assert started["stopped"].poll() is None
+    end_remotely(title[3:])
     assert started["stopped"].wait(20) == -signal.SIGKILL
-    end_remotely(started["stopped"].pid)  # it is gone by now
+    end_remotely(title[3:])  # it is gone by now
