@@ -51,7 +51,7 @@ class Question:
 
     task: Task[Any]
     files: tuple[Entry, ...]  # of the source, as they were planned for
-    journals: tuple[Journal, ...]  # of all outputs
+    outputs: tuple[tuple[Address, str], ...]  # the address and the key of each journal, which opens stores
     name: str  # of a file that the driver leaves in each journal, with `token` in it
     token: bytes
     scratch_bytes: int  # that a unit needs in the scratch folder
@@ -89,7 +89,7 @@ def fault_of(question: Question, wrote: str) -> str:
         return fault
     check_backend(question.backend)
     question.task.reach()
-    for journal in question.journals:
+    for journal in (Journal(output, key) for output, key in question.outputs):
         if not journal.destination.is_there():
             return (
                 f"{journal.destination.journal} is not there; on several machines the output must lie where all of them"

@@ -20,14 +20,12 @@ from jobs.execution.ray.flights import STOP_S, WORKERS, Flight, Flights
 from jobs.execution.ray.machines import memory_bytes
 from jobs.execution.ray.pace import Pace
 from jobs.execution.ray.placement import Placement, Spot
+from jobs.execution.ray.waiting import Waiting
 from jobs.execution.ray.watch import Watch
 from loaders.storage.traffic import traffic
 
 WAIT_S = 0.5  # seconds to wait for messages, at most
 LOOK_S = 1.0  # seconds between two looks at all flights
-# Small units share a Ray task, which costs some milliseconds: so many, of so many bytes of source.
-MOST_UNITS, MOST_BYTES = 16, 64 << 20
-SHARES = 2  # a machine's room gets at least so many Ray tasks of what is left, so that all end at about the same time
 # Seconds after which a unit that waits for another attempt takes a machine that it would rather not.
 RESCUE_S = 10.0
 QUEUED_S = 5.0  # seconds that a flight waits for CPUs before it moves to another machine
@@ -60,7 +58,7 @@ class Dispatch:
         self._threads = threads
         self._served_s = time.monotonic()  # when there was last a machine
         self._on_bytes: OnBytes = lambda size: None
-        self._waiting: list[Task[Any]] = []
+        self._waiting = Waiting()
         self._efforts: dict[str, Effort] = {}  # of units that fly, or wait for another attempt
         self._again: dict[str, Again] = {}
         self._silent: set[str] = set()  # machines on which something is stuck, until they are heard of again
@@ -78,7 +76,7 @@ class Dispatch:
             ClusterLost: its head does not answer, or no machine is left.
         """
         self._on_bytes = on_bytes
-        self._waiting = list(reversed(tasks))
+        self._waiting = Waiting(tasks)
         while self._waiting or self._efforts:
             self._watch.check()
             self._launch()
@@ -110,12 +108,13 @@ class Dispatch:
         while self._waiting and len(self._flights) < self._at_once:
             # If nothing flies, a machine that was silent is tried all the same.
             without = self._avoided if len(self._flights) else {*self._watch.dead}
-            tasks = self._next()
-            spot = self._place(max(tasks, key=memory_bytes), without)
-            if spot is None:
+            for tasks in self._waiting.next(self._room):
+                if (spot := self._place(max(tasks, key=memory_bytes), without)) is not None:
+                    self._waiting.take(tasks)
+                    self._start(tasks, spot)
+                    break
+            else:
                 return
-            del self._waiting[-len(tasks) :]
-            self._start(tasks, spot)
 
     @property
     def _avoided(self) -> set[str]:
@@ -132,23 +131,12 @@ class Dispatch:
             yield {*self._watch.dead}
 
     def _place(self, task: Task[Any], without: set[str], memory_times: int = 1) -> Spot | None:
-        flying = self._flights.by_node
-        spot = self._placement.place(task, flying, without=without, memory_times=memory_times)
+        flying, with_gpu = self._flights.by_node, self._flights.with_gpu if task.gpus else None
+        spot = self._placement.place(task, flying, without=without, memory_times=memory_times, with_gpu=with_gpu)
         if spot is None and memory_times > 1 and not flying:
             # No machine has so much; then the most that one may have.
             return self._place(task, without, memory_times // 2)
         return spot
-
-    def _next(self) -> list[Task[Any]]:
-        """Return the next tasks, as many as share a Ray task; they stay among those that wait."""
-        most = max(1, min(MOST_UNITS, len(self._waiting) // (SHARES * self._room)))
-        found, size, first = list[Task[Any]](), 0, self._waiting[-1]
-        for task in reversed(self._waiting[-most:]):
-            size += task.unit.source_bytes
-            if found and (size > MOST_BYTES or task.gpus != first.gpus):
-                break
-            found.append(task)
-        return found
 
     def _start(self, tasks: Sequence[Task[Any]], spot: Spot) -> None:
         flight = self._flights.launch(tasks, spot)

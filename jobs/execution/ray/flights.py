@@ -76,6 +76,11 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return iter(list(self._by_stream.values()))
 
+    @property
+    def with_gpu(self) -> Counter[str]:
+        """The attempts that hold a GPU, by machine."""
+        return Counter(flight.spot.node for flight in self if flight.spot.options.get("num_gpus"))
+
     def launch(self, tasks: Sequence[Task[Any]], spot: Spot) -> Flight:
         """Submit attempts on a machine. Ray repeats nothing by itself: who launches again knows where, and why."""
         name = f"{tasks[0].unit.id}.{uuid.uuid4().hex[:8]}"

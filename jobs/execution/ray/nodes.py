@@ -51,7 +51,7 @@ class Looks:
         self._question = Question(
             task=tasks[0],
             files=files_of(tasks),
-            journals=tuple(self._journals),
+            outputs=tuple((journal.output, journal.key) for journal in self._journals),
             name=f"asked-{secrets.token_hex(6)}",
             token=secrets.token_bytes(16),
             scratch_bytes=max(task.scratch_bytes for task in tasks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -35,10 +36,11 @@ class FakeTask:
     journals: tuple[Journal, ...] = ()
     scratch_bytes: int = 0
     by_architecture: bool = False
+    source_bytes: int = 0  # bytes of the source of its unit
 
     @property
     def unit(self) -> Any:
-        return SimpleNamespace(id=f"unit-{self.number:05d}", sources=self.sources)
+        return SimpleNamespace(id=f"unit-{self.number:05d}", sources=self.sources, source_bytes=self.source_bytes)
 
     def reach(self) -> None:
         pass
@@ -57,8 +59,6 @@ class FakeRay:
         self.answers: dict[str, Callable[..., Any]] = {}
         self.asked: list[str] = []
         self.exceptions = SimpleNamespace(RayError=FakeError)
-        self.available: dict[str, dict[str, float]] = {}
-        self._private = SimpleNamespace(state=SimpleNamespace(available_resources_per_node=lambda: self.available))
 
     def nodes(self) -> list[dict[str, Any]]:
         return list(self.rows)
@@ -72,7 +72,7 @@ class FakeRay:
 
         def remote(*arguments: Any) -> Any:
             self.asked.append(name)
-            return _Sent(name, arguments)
+            return _Sent(name, pickle.loads(pickle.dumps(arguments)))  # as it travels to another process
 
         return SimpleNamespace(remote=remote)
 

@@ -236,7 +236,7 @@ class FakePlacement:
 
     def place(
         self, task: Any, flying: Mapping[str, int], *, without: Collection[str] = (), memory_times: int = 1,
-        only_free: bool = False,
+        with_gpu: Mapping[str, int] | None = None, only_free: bool = False,
     ) -> Spot | None:  # fmt: skip
         room = {
             name: machine.slots - flying.get(name, 0)

@@ -15,6 +15,7 @@ from jobs.execution.ray import fitting, nodes
 from jobs.execution.ray.asking import Answer, Facts, Question, look_remotely, source_fault
 from jobs.execution.ray.fitting import Scaling, await_machines, check_fits
 from jobs.execution.ray.placement import Placement
+from jobs.execution.ray.waiting import Waiting
 from jobs.output.journal import Journal
 from jobs.spec.cluster import ClusterSpec
 from loaders.errors import BadSpec, StorageError
@@ -114,10 +115,10 @@ def test_without_other_machines_units_take_those_with_gpus() -> None:
 def test_machines_that_other_jobs_use_come_last() -> None:
     ray = FakeRay(node("a", 8), node("b", 4))
     placement = placed(ray, joined=True)
-    ray.available = {"a": {"CPU": 0.0}, "b": {"CPU": 4.0}}
-    placement.refresh(ray.nodes())
+    available = {"a": {"CPU": 0.0}, "b": {"CPU": 4.0}}
+    placement.refresh(ray.nodes(), available=available)
     assert placement.place(CPU, {}).node == "a"  # type: ignore[union-attr]  # one look may be old
-    placement.refresh(ray.nodes())
+    placement.refresh(ray.nodes(), available=available)
     assert placement.place(CPU, {}).node == "b"  # type: ignore[union-attr]
     assert placement.place(CPU, {}, without={"b"}, only_free=True) is None
     assert placement.place(CPU, {"b": 1}).node == "a"  # type: ignore[union-attr]  # it waits there in turn
@@ -239,7 +240,9 @@ def test_the_output_must_be_the_same_folder(
     gone = Journal(Address.of(tmp_path / "nowhere/out"), "0" * 12)
 
     def seeing(found: Journal) -> Callable[..., Any]:
-        return lambda question, settings: look_remotely(replace(question, journals=(found,)), settings)
+        return lambda question, settings: look_remotely(
+            replace(question, outputs=((found.output, found.key),)), settings
+        )
 
     def unseen(question: Question, settings: Any) -> Answer:
         return replace(look_remotely(question, settings), wrote="another")
@@ -392,3 +395,26 @@ def test_nothing_is_asked_of_a_cluster_that_is_not_waited_for(scaled: list[Any])
     placement.refresh(ray.nodes(), 1)
     placement.close()
     assert scaled == []
+
+
+# --- what waits
+
+
+def test_units_of_one_kind_do_not_wait_for_room_of_the_other() -> None:
+    sized = [replace(task, number=n, source_bytes=8) for n, task in enumerate([GPU, CPU, GPU, CPU, CPU])]
+    waiting = Waiting(sized)
+    assert [[task.number for task in tasks] for tasks in waiting.next(room=1)] == [[0], [1]]
+    waiting.take([sized[0]])
+    assert [[task.number for task in tasks] for tasks in waiting.next(room=1)] == [[2], [1]]
+    waiting.take([sized[2]])
+    assert [[task.number for task in tasks] for tasks in waiting.next(room=1)] == [[1]]
+    assert len(waiting) == 3
+
+
+def test_small_units_share_a_ray_task() -> None:
+    small = Waiting([FakeTask(n, source_bytes=1000) for n in range(200)])
+    [tasks] = small.next(room=2)
+    assert [task.number for task in tasks] == list(range(16))
+    assert [len(tasks) for tasks in small.next(room=20)] == [5]
+    large = Waiting([FakeTask(n, source_bytes=40 << 20) for n in range(200)])
+    assert [len(tasks) for tasks in large.next(room=2)] == [1]
