@@ -30,6 +30,7 @@ FIRST_S = 1.0  # after the first, which knows of no units yet
 SHARE = 20  # a sign may take a share of the time of one in so many
 # Seconds without a sign after which a driver is taken for frozen or gone: a disk or a store may be slow for a while.
 SILENT_S, MISSED = 60.0, 6
+END_S = 10.0  # that the end of a job waits for a sign on its way
 MOST = 500  # flying units, and machines, that a sign names; of failed units some
 MOST_FAILED = 20
 LONGEST = 2000  # characters of a reason
@@ -148,18 +149,19 @@ class SignsOfLife:
         self._started = time.time()
         self._every_s = max((LOCAL_S if j.journal.destination.is_local else REMOTE_S for j in jobs), default=LOCAL_S)
         self._stop = threading.Event()
+        self._is_heard = True  # whether the last sign was written
         self._thread = threading.Thread(target=self._give, name="signs-of-life", daemon=True)
 
     def _give(self) -> None:
         for number in itertools.count():
             began = time.monotonic()
-            for job in self._jobs:
-                self._put(job, "running")
+            written = [self._put(job, "running") for job in self._jobs]
+            self._is_heard = all(written)
             took = time.monotonic() - began
             if self._stop.wait(max(self._every_s if number else FIRST_S, SHARE * took)):
                 return
 
-    def _put(self, job: Told, state: State, why: str = "") -> None:
+    def _put(self, job: Told, state: State, why: str = "") -> bool:
         failure = job.failure()
         life = Life(
             state="failed" if failure else state,
@@ -180,6 +182,8 @@ class SignsOfLife:
         # A full disk, a store that does not answer: the work itself will meet it, and say so.
         with suppress(WeightmillError, OSError):
             job.journal.destination.put(LIFE, life.to_bytes())
+            return True
+        return False
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -196,6 +200,8 @@ class SignsOfLife:
             raise
         finally:
             self._stop.set()
-            self._thread.join()
-            for job in self._jobs:
-                self._put(job, state, why)  # type: ignore[arg-type]
+            self._thread.join(END_S)
+            # Nobody waits for a store that does not answer: neither for a sign on its way, nor for a last one.
+            if not self._thread.is_alive() and self._is_heard:
+                for job in self._jobs:
+                    self._put(job, state, why)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ def test_a_sweep_names_the_folder_of_its_outputs_and_how_to_open_its_page(weight
 def test_a_run_says_how_to_open_its_page(weightmill: Any) -> None:
     ran = weightmill("run", "quant=nf4", "tracking=mlflow")
     assert "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db" in ran.out
+    run = re.search(r"^run: .* run (\w+)$", ran.out, re.MULTILINE)
+    assert run is not None
+    page = f"  http://127.0.0.1:5000/#/experiments/1/runs/{run[1]}?workflowType=machine_learning"
+    assert page in ran.out.splitlines()
+    assert max(len(line) for line in ran.out.splitlines() if "mlflow ui" in line or "http" in line) < 200
 
 
 @pytest.mark.quick
