@@ -141,11 +141,11 @@ class Case:
         added = f"{max(0.0, ended.seconds - self._rack.usual_s):.0f}" if ended.status == 0 else ""
         self._record(ROW, (self.name, str(ended.status), self.bytes_of(ended), added, remark))
 
-    def is_done(self, job: Job, remark: str = "", for_s: float = 200) -> Ended:
+    def is_done(self, job: Job, remark: str = "", *, status: int = 0, for_s: float = 200) -> Ended:
         """Wait for the job's end: it is done, its bytes are those of one process, and nothing else is left of it."""
         ended = job.end(for_s)
         self.row(ended, remark)
-        assert ended.status == 0, ended.said
+        assert ended.status == status, ended.said
         assert self.bytes_of(ended) == "same", ended.said
         assert ended.left == ()
         self.is_clean(job, ended)

@@ -54,6 +54,8 @@ ip link set lo up
 touch "$DISK/is-there"
 exec sleep infinity
 """
+# Variables of the tests' own process: with a TMPDIR, Ray of all hosts would share a folder.
+OF_THE_MACHINE = ("--unset=RAY_ADDRESS", "--unset=TMPDIR", "--unset=RAY_TMPDIR")
 # Nothing of a host outlives the process that runs the tests.
 DIES = ["setpriv", "--pdeathsig", "KILL"]
 
@@ -176,11 +178,8 @@ class Host:
         given = {**self.environment, **(environment or {})}
         enter = f"nsenter --target {self._init} --net --mount --uts --ipc --pid -- env"
         joins = "".join(f"echo $$ > {made}/cgroup.procs; " for made in self._cgroups)
-        words = [
-            "--unset=RAY_ADDRESS",
-            "--default-signal=INT,TERM,HUP",
-            *(f"{name}={value}" for name, value in given.items()),
-        ]
+        words = [f"--chdir={Path.cwd()}", "--default-signal=INT,TERM,HUP", *OF_THE_MACHINE]
+        words += [f"{name}={value}" for name, value in given.items()]
         return [*DIES, "sh", "-c", f'{joins}exec {enter} "$@"', "sh", *words, *map(str, arguments)]
 
     def start(
@@ -217,9 +216,9 @@ class Host:
         """Pull the power: nobody is told, as no packet leaves a host without power."""
         if not self.is_on:
             return
-        self.unplug()
-        self._end()
+        self.is_disturbed = True
         self.network.switch("ip", "link", "delete", self._cable)
+        self._end()
 
     def freeze(self) -> None:
         """Stop all processes of the host; its network answers."""

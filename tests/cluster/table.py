@@ -16,15 +16,16 @@ Row = tuple[str, str, str, str, str]
 
 
 def rows(stats: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """Return the rows in the reports of a run of pytest, by test."""
-    return [
-        tuple(value)
+    """Return the rows in the reports of a run of pytest: the last of each case."""
+    found = {
+        value[0]: tuple(value)
         for outcome in ("passed", "failed")
         for report in stats.get(outcome, ())
         if getattr(report, "when", "") == "call"
         for name, value in report.user_properties
         if name == ROW
-    ]
+    }
+    return list(found.values())
 
 
 def table(found: Sequence[Row]) -> str:

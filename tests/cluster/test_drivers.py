@@ -25,20 +25,7 @@ def test_the_head_is_off(case: Case) -> None:
     )
     known_s = time.monotonic() - off
     case.row(ended, f"said in a line after {known_s:.0f} s; the rerun goes on")
-    assert known_s <= 70
-    case.resumes(job, units=8)
-
-
-def test_the_head_is_killed(case: Case) -> None:
-    """the head's process is killed (gcs_server)"""
-    cluster = case.cluster
-    job = case.job(host=cluster.hosts[1])
-    job.wait_for_units(8)
-    cluster.hosts[0].is_disturbed = True
-    for process in cluster.hosts[0].processes:
-        if "gcs_server" in process.command:
-            process.kill()
-    case.has_failed(job, 1, "failed:", "of 27 units are done", remark="said in a line; the rerun goes on", for_s=120)
+    assert known_s <= 60
     case.resumes(job, units=8)
 
 

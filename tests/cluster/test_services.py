@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,34 +21,32 @@ from tests.cluster.hosts import SERVER
 pytestmark = pytest.mark.cluster
 
 
-def _at_switch(cluster: Cluster, *arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        cluster.network.at_switch(sys.executable, *arguments), text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def _track(folder: Path, cluster: Cluster) -> tuple[subprocess.Popen[str], str]:
-    server = _at_switch(cluster, "-m", "tests.tracking_server", folder, SERVER)
-    assert server.stdout is not None
-    return server, server.stdout.readline().strip()
+@contextmanager
+def serving(cluster: Cluster, *arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server of Python's where all hosts reach it; yields its process and the first line that it prints."""
+    command = cluster.network.at_switch(sys.executable, *arguments)
+    with subprocess.Popen(
+        command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        assert server.stdout is not None
+        try:
+            yield server, server.stdout.readline().strip()
+        finally:
+            server.kill()
 
 
 def test_the_tracking_server_goes(case: Case) -> None:
     """the MLflow server is gone in the middle"""
     folder = case.out.parent.parent / "mlflow"
     folder.mkdir(parents=True)
-    server, address = _track(folder, case.cluster)
-    assert address
-    settings = ("tracking=mlflow", f"tracking.uri=http://{address}")
-    job = case.job(*settings)
-    job.wait_for_units(5)
-    server.kill()
-    server.wait()
-    ended = case.is_done(job, "`weightmill track` sends the numbers later")
+    tracking = ("-m", "tests.tracking_server", folder, SERVER)
+    with serving(case.cluster, *tracking) as (server, address):
+        job = case.job("tracking=mlflow", f"tracking.uri=http://{address}")
+        job.wait_for_units(5)
+        server.kill()
+        ended = case.is_done(job, "the output is published; `weightmill track` sends the numbers later", status=1)
     assert "weightmill track" in ended.said
-    server, address = _track(folder, case.cluster)
-    try:
+    with serving(case.cluster, *tracking) as (_, address):
         host = case.cluster.hosts[0]
         for _ in range(2):  # the second time is harmless
             host.run(sys.executable, "-m", "jobs.track", case.out, f"tracking.uri=http://{address}")
@@ -61,21 +60,15 @@ def test_the_tracking_server_goes(case: Case) -> None:
         metrics = {each["key"] for each in run["data"]["metrics"]}
         assert "size/bits_per_weight" in metrics
         assert run["info"]["status"] == "FINISHED"
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture
 def bucket(case: Case) -> Iterator[Cluster]:
     """The cluster, and an empty bucket that its hosts reach."""
     pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
-    server = _at_switch(case.cluster, "-m", "tests.cluster.buckets", "serve")
-    assert server.stdout is not None
-    assert server.stdout.readline().strip() == "ready"
-    yield case.cluster
-    server.kill()
-    server.wait()
+    with serving(case.cluster, "-m", "tests.cluster.buckets", "serve") as (_, said):
+        assert said == "ready"
+        yield case.cluster
 
 
 def test_a_bucket_and_a_host_that_is_off(case: Case, bucket: Cluster) -> None:
@@ -87,8 +80,8 @@ def test_a_bucket_and_a_host_that_is_off(case: Case, bucket: Cluster) -> None:
     time.sleep(1.5)
     bucket.hosts[2].off()
     ended = job.end(200)
-    fetched = _at_switch(bucket, "-m", "tests.cluster.buckets", "fetch", "made", here)
-    fetched.wait(60)
+    fetch = bucket.network.at_switch(sys.executable, "-m", "tests.cluster.buckets", "fetch", "made", here)
+    subprocess.run(fetch, check=True, timeout=60)
     ended = replace(ended, outputs=hashed(here))
     case.row(ended)
     assert ended.status == 0, ended.said

@@ -69,12 +69,12 @@ def test_the_same_unit_is_killed_again_and_again(case: Case) -> None:
     case.resumes(job, units=4)
 
 
-@pytest.mark.parametrize("where", ["driver's host", "another host"])
+@pytest.mark.parametrize("where", ["the driver's host", "another host"])
 def test_a_worker_is_frozen(where: str, case: Case) -> None:
-    """a worker process is frozen for good (SIGSTOP), on the {}"""
+    """a worker process is frozen for good (SIGSTOP), on {}"""
     job = case.job()
     job.wait_for_units(4)
-    host = case.cluster.hosts[0 if where == "driver's host" else 2]
+    host = case.cluster.hosts[0 if where == "the driver's host" else 2]
     frozen = a_worker(job, host)[2]
     frozen.kill(signal.SIGSTOP)
     case.is_done(job, "its unit is done elsewhere")

@@ -87,7 +87,7 @@ class RayCluster:
             self._machines = [Machine.of(node) for node in watch.nodes if node["Alive"]]
             self._is_lost = watch.silent_s > SOME_S
             watch.close()
-            within(CLOSE_S, flights.close)
+            within(LOST_S if self._is_lost else CLOSE_S, flights.close)
             if not self._is_lost:
                 placement.close()
 
