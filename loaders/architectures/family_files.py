@@ -75,6 +75,6 @@ def others_known(engine: str, config: Mapping[str, Any]) -> str:
     close = get_close_matches(str(config.get("model_type"))[:64], types, 3)  # which may be any text
     nearest = f", {', '.join(close)} nearest" if close else ""
     return (
-        f"{len(types)} model types are{nearest}; what is loaded by transformers needs no such names: quant=int8, nf4,"
-        " hqq4, w4a16, fp8_dynamic"
+        f"{len(types)} model types are{nearest}; what transformers loads needs no such names: int8, nf4, hqq4, w4a16,"
+        " fp8_dynamic"
     )
