@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Group
 
 from jobs.cli.early import is_program
-from jobs.cli.verb import FAILED, Said
+from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.choose import choose, is_local
 from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
@@ -194,6 +194,7 @@ def verify_output(
     judging = None
     if isinstance(verify, JudgedSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output, here=is_local(cluster_spec))
+        note(judging.note)
     written = open_checkpoint(pinned)
     faults = report_faults(plan, written, report) or list_faults(plan, written, report)
     checked = 0

@@ -102,6 +102,7 @@ def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) 
     ran = weightmill("verify", f"output.path={out}", *LOGITS, "format=json")
     assert ran.status == 0, ran.err
     assert ran.document["quality"]["tokens"] == 10 * 31
+    assert f"MB) go in {out.parent / '.logits.weightmill'}" in ran.err  # what it leaves beside the output
     report = json.loads((out / "weightmill.json").read_text())
     assert report["quality"] == ran.document["quality"]
     assert report["damage"]["quality"]["kl"] == report["quality"]["kl"]
