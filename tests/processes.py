@@ -11,9 +11,11 @@ from typing import Any
 
 from loaders.places import ROOT
 
-# A shell that starts the tests in the background makes them ignore SIGINT, and whatever they start inherits that.
+# A shell that starts the tests in the background makes them ignore SIGINT, and nohup SIGHUP; whatever they start
+# inherits that.
 AS_IN_A_TERMINAL = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    "import os, signal, sys; [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)];"
+    " os.execv(sys.executable, sys.argv[1:])"
 )
 
 

@@ -167,7 +167,7 @@ def test_an_interrupt_of_the_first_second_is_one_line(module: str, number: signa
     command = [sys.executable, "-X", "importtime", "-m", "jobs.run", "tracking=none"]
     with subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stderr
         for line in process.stderr:

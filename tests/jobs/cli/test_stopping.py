@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from loaders.places import ROOT
+from tests.processes import start
 
 CODE = """
 import hashlib, signal, sys, time
@@ -48,9 +46,7 @@ DEAF = "hashlib.pbkdf2_hmac('sha256', b'', b'', 1_000_000_000)"  # minutes, of o
 )
 def test_a_signal_is_answered(work: str, tidy: float, status: int, said: str, number: signal.Signals) -> None:
     code = CODE.format(work=work, tidy=tidy, deaf=1 if work == DEAF else 60)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start("-c", code)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
