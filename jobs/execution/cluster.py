@@ -217,7 +217,7 @@ class LocalCluster:
         live.launched(unit, host)
         outcome = attempt(task, count, stop, lambda: live.repeated(host))
         if isinstance(outcome, UnitFailed):
-            live.ended(unit, host, "failed", outcome.reason)
+            live.ended(unit, host, "stopped" if stop.is_set() else "failed", outcome.reason)
         else:
             live.ended(unit, host, "done")
         return outcome

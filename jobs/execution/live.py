@@ -13,7 +13,8 @@ from typing import Literal
 
 from jobs.output.life import MOST, MOST_FAILED, FlyingUnit, MachineSeen, Seen
 
-How = Literal["done", "failed", "again"]  # again: this attempt ended, and the unit is tried once more
+# again: this attempt ended, and the unit is tried once more; stopped: the job was
+How = Literal["done", "failed", "again", "stopped"]
 RECENT_S = 10  # seconds over which the rate of now is taken: longer than a worker needs between two messages
 
 
@@ -71,7 +72,7 @@ class Live:
                 self.done[node] += 1
             elif how == "again":
                 self.again[node] += 1
-            else:
+            elif how == "failed":
                 self.failed[unit] = why
 
     def repeated(self, node: str) -> None:

@@ -12,9 +12,10 @@ from rich.console import Group
 
 from jobs.cli.verb import Said, note
 from jobs.output.report import read_report
-from jobs.report.comparison import ComparedJob, compared_job, to_json, whole
+from jobs.report.comparison import ComparedJob, compared_job, to_json
 from jobs.report.comparisons import Comparisons
 from jobs.report.plots import comparison_plot, drawn
+from jobs.report.tables import whole
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.pages import compare_page
 from jobs.tracking.store import Store, Tracked
@@ -46,7 +47,10 @@ def compare(
     """
     folders = [run for run in runs if _is_output(run)]
     if no_outputs := [run for run in runs if run not in folders and os.path.lexists(run)]:
-        raise BadSpec(f"runs: expected an output of weightmill at {no_outputs[0]}, found no {OUR_REPORT} there")
+        raise BadSpec(
+            f"runs: expected an output of weightmill at {no_outputs[0]}, found no {OUR_REPORT} there; of a folder of"
+            f" outputs give those in it ({no_outputs[0]}/*), or sweep=all"
+        )
     named = [run for run in runs if run not in folders]
     title, candidates, page = "runs", [_of_folder(Address.of(folder)) for folder in folders], None
     if named or not runs:

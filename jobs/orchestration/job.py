@@ -38,6 +38,7 @@ from jobs.report.metrics import quality_metrics
 from jobs.report.page import make_page
 from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
+from jobs.report.tables import whole
 from jobs.tracking.job_run import facts, open_job_run, track_job
 from jobs.tracking.pages import registered_lines, run_lines
 from jobs.tracking.recorder import Recorder
@@ -407,11 +408,11 @@ def _said(planned: Planned, report: Report, run: Run, untracked: str) -> Said:
         where = {"output": str(output), "tracked": address, "registered": registered}
         return {"status": "done", "already": False, **where, **report.to_json()}
 
-    lines = [Text(f"output: {output}", style="bold green")]
+    lines = [whole(f"output: {output}", style="bold green")]
     lines += [*registered_lines(registered), *run_lines(address, None if untracked else run.page)]
     if untracked:
         lines += [Text(f"the output is complete, but {untracked}", style="bold red")]
-        lines += [Text(f"to send it: {program()} track {shlex.quote(str(output))}")]
+        lines += [whole(f"to send it: {program()} track {shlex.quote(str(output))}")]
     warnings = [*planned.target.warnings, *(w for w in report.warnings if w.endswith(": let pass"))]
     shown = [result.findings_text(report.lint, warnings)] if report.lint or warnings else []
     loading = loading_lines(loading_of(planned.plan, planned.target, place_of(output)))

@@ -48,7 +48,7 @@ def notes_of(planned: Planned) -> list[str]:
         *_joining(planned),
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
-        f"memory: up to {size(memory)} with {counted(cluster.threads, 'thread')}",
+        f"memory: up to {size(memory)} with {counted(cluster.threads, 'thread')}, beside Python and its libraries",
         *disk,
         *([_of_disk("scratch", scratch, Address.of(scratch_folder(planned.spec)))] if scratch else []),
     ]

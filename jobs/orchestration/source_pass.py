@@ -259,6 +259,9 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         if killed and len(jobs) == 1:
             kept = jobs[0].planned.journal.count
             raise KeyboardInterrupt(jobs[0].how_to_go_on if kept else NOTHING_KEPT) from None
+        if killed:
+            done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
+            raise KeyboardInterrupt(f"interrupted with {done} of {units} units done and kept") from None
         if isinstance(error, ClusterLost):
             done, units = (sum(each) for each in zip(*(job.kept for job in jobs), strict=True))
             raise ClusterLost(f"{error}; {GO_ON}: {done} of {units} units are done") from error

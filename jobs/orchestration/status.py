@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from jobs.cli.program import program
 from jobs.cli.verb import FAILED, Said
 from jobs.output.life import Life
 from jobs.output.report import Report
@@ -37,7 +38,8 @@ def status(output: Address) -> Said:
     if report is None and not journals:
         raise BadSpec(
             f"output.path: expected an output of weightmill at {output}, or the journal of one beside it, found"
-            " neither, or nothing that this user may read; `list` says what is in a folder"
+            " neither, or nothing that this user may read; a job that was stopped before its first unit was finished"
+            f" leaves none; {program()} list says what is in a folder"
         )
     journal = journals[0] if journals else None
     document = status_document(output, report, journal)

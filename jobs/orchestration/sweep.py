@@ -33,7 +33,7 @@ from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ComparedJob, compared_job, model_of, to_json, whole
+from jobs.report.comparison import ComparedJob, compared_job, model_of, to_json
 from jobs.report.comparisons import Comparisons
 from jobs.report.document import job_document
 from jobs.report.metrics import metrics, quality_metrics
@@ -281,7 +281,7 @@ class Sweep:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         said = {n: in_a_line(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}") for n in failed}
         faults = [Text(said[n], style="bold red") for n in failed]
-        pages: list[RenderableType] = [Text(f"page: {written}"), *([whole(page)] if page else [])]
+        pages: list[RenderableType] = [tables.whole(f"page: {written}"), *([tables.whole(page)] if page else [])]
         text = Group(
             f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *self._places(), *pages,
             *_to_compare(candidates),
@@ -359,7 +359,7 @@ class Sweep:
         where = ", ".join(str(parent) for parent in parents)
         has_cards = all(self._specs[number].output.card for number in done)
         how = "; the README.md of each says how to load it" if has_cards else ""
-        return [whole(f"outputs: {where}{how}")] if parents else []
+        return [tables.whole(f"outputs: {where}{how}")] if parents else []
 
     def _page(self) -> str | None:
         """Return the page on which MLflow compares the runs; None if no run is tracked."""
@@ -393,7 +393,7 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
 def _to_compare(candidates: Sequence[ComparedJob]) -> list[RenderableType]:
     """Return the command that compares the outputs, tracked or not, if these are several."""
     outputs = [job.output for job in candidates if job.status == "done" and job.output]
-    return [whole(f"compare them: {program()} {shlex.join(['compare', *outputs])}")] if len(outputs) > 1 else []
+    return [tables.whole(f"compare them: {program()} {shlex.join(['compare', *outputs])}")] if len(outputs) > 1 else []
 
 
 def page_of(output: Address, root: Path) -> str:

@@ -285,11 +285,6 @@ class Comparison:
         return lines
 
 
-def whole(address: str) -> Text:
-    """Return an address as one unbroken line, so that it can be clicked and pasted."""
-    return Text(address, no_wrap=True, overflow="ignore")
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 

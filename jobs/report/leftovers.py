@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from jobs.report.tables import size, table
 from loaders.storage.address import Address
 
+KEPT = "kept: the originals' numbers for verify=logits and verify=embeddings, which are computed again if deleted"
+
 
 def leftovers_text(
     rows: Sequence[Mapping[str, Any]], places: Sequence[Address], *, deletable: int, of_the_hub: int
@@ -29,7 +31,8 @@ def leftovers_text(
     for row in rows:
         hours, units = f"{row['age_s'] / 3600:.1f}", str(row["units_done"])
         shown.add_row(row["path"].removeprefix(f"{place}/"), row["status"], size(row["bytes"]), hours, units)
-    more = [f"nothing was deleted; delete=true deletes {size(deletable)}"] if deletable else []
+    more = [KEPT] if any(row["status"] == "kept" for row in rows) else []
+    more += [f"nothing was deleted; delete=true deletes {size(deletable)}"] if deletable else []
     if of_the_hub:
         more.append(f"{of_the_hub} of outputs on the Hub: output.root=hf://OWNER delete=true deletes them")
-    return Group(f"in {', and of that output in '.join([place, *beside])}:", shown, *more)
+    return Group(f"in {' and, of an output of that name, in '.join([place, *beside])}:", shown, *more)

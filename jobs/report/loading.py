@@ -16,6 +16,7 @@ from typing import Any
 from rich.text import Text
 
 from jobs.planning.plan import Plan, TargetPlan
+from jobs.report.tables import whole
 from loaders.architectures.diffusers import class_of
 from loaders.layouts import BY_ENGINE as LAYOUT_OF
 from loaders.layouts.compressed_tensors import is_asymmetric
@@ -231,5 +232,5 @@ def place_of(output: Address) -> str:
 def loading_lines(loading: Loading) -> list[Text]:
     """Say how an output is loaded, and where it is not, at the end of a job."""
     lines = [Text(f"loaded by {loading.engine}{':' if loading.code else ''}")]
-    lines += [Text(f"    {line}".rstrip()) for line in loading.code.splitlines() if line]
+    lines += [whole(f"    {line}".rstrip()) for line in loading.code.splitlines() if line]
     return [*lines, *([Text(f"not loaded by {loading.not_in}")] if loading.not_in else [])]

@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from jobs.report.comparison import whole
-from jobs.report.tables import table
+from jobs.report.tables import table, whole
 from loaders.words import counted, in_a_line, size
 
 MOST_ROWS = 8  # machines, and flying units, in a text; all of them are in the document

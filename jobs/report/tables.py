@@ -215,3 +215,8 @@ def number(value: float | None, digits: int = 5) -> str:
 def times(ratio: float) -> str:
     """Say how many times smaller, or larger, something became."""
     return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
+
+
+def whole(line: str, style: str = "") -> Text:
+    """Return an address, a path or a line of code as one unbroken line, so that it can be clicked and pasted."""
+    return Text(line, style=style, no_wrap=True, overflow="ignore")

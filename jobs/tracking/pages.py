@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from rich.text import Text
 
+from jobs.report.tables import whole
 from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.mlflow_run import TRAINING, default_uri
 from jobs.tracking.sweep_tag import of_sweep
@@ -59,10 +60,10 @@ def how_to_open(uri: str, page: str = "") -> str:
 def run_lines(address: str | None, page: str | None) -> list[Text]:
     """Say where a run is: its page, or of a store that no server serves yet its id, and how its page is opened."""
     if not address or address.startswith("http"):
-        return [Text(f"run: {address}")] if address else []
+        return [whole(f"run: {address}")] if address else []
     served, found = how_to_open(address.partition(" run ")[0], page or "").rsplit(" ", 1)
     # A command and an address are pasted one after the other.
-    return [Text(f"run: {address}"), Text(f"its page: {served}"), Text(f"  {found}")]
+    return [whole(f"run: {address}"), whole(f"its page: {served}"), whole(f"  {found}")]
 
 
 def registered_lines(registered: str | None) -> list[Text]:
@@ -70,7 +71,7 @@ def registered_lines(registered: str | None) -> list[Text]:
     if registered is None:
         return []
     name, _, version = registered.removeprefix("models:/").rpartition("/")
-    return [Text(f"registered: {name} version {version}; model.path={shlex.quote(registered)}")]
+    return [whole(f"registered: {name} version {version}; model.path={shlex.quote(registered)}")]
 
 
 def sweep_view(sweep: str, size: str, error: str) -> Mapping[str, Any]:

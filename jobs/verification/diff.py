@@ -200,7 +200,7 @@ def _text(document: dict[str, Any], *, all_tensors: bool) -> RenderableType:
     total, count = document["total"], document["equal"] + document["different"]
     lines: list[RenderableType] = [compared] if shown else []
     if len(shown) < len(found):
-        lines.append(f"the {len(shown)} that differ most; tensors=all lists every tensor")
+        lines.append(f"the {len(shown)} that differ most, in the model's order; tensors=all lists every tensor")
     lines.append(f"{counted(count, 'tensor')}: {document['equal']} equal, {document['different']} different")
     if total["parameters"] and total["relative_error"] != 0:
         said = zip(("relative error", "SQNR dB", "max error", "cosine"), _cells(total), strict=True)

@@ -107,10 +107,16 @@ def _planned(
     spec: LogitsSpec | EmbeddingsSpec, plan: Plan, target: TargetPlan, output: Address, *, here: bool
 ) -> Judging:
     from loaders.models import runners
+    from loaders.models.heads import built_without_logits
 
     if absent(*runners.ORIGINAL.modules):
         engine = runners.engine_of(target.target.layout.name, target.config)
         missing = absent(*dict.fromkeys((*runners.ORIGINAL.modules, *engine.modules)))
+        # Nobody shall install what will then refuse.
+        if isinstance(spec, LogitsSpec) and (built := built_without_logits(plan.checkpoint.config)):
+            raise BadSpec(
+                f"verify=logits: {built} has no logits of next tokens; verify=embeddings judges hidden states"
+            )
         raise not_installed(f"verify={spec.kind}: running the original and the output", missing)
     from loaders.models.evaluating import Reference
     from loaders.models.heads import width_of

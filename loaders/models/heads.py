@@ -12,7 +12,7 @@ from typing import Any
 from loaders.architectures.family import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec, setting
-from loaders.words import model_type_said
+from loaders.words import model_type_said, shown
 
 # Parts of class names of models that do not predict the next token, though their model_type has such a class too.
 ENCODER_ONLY = ("MaskedLM", "PreTraining", "Classification", "Answering", "Encoder")
@@ -45,6 +45,15 @@ def _mapping(name: str) -> Mapping[str, Any]:
 def _built(config: Mapping[str, Any]) -> tuple[str, ...]:
     built = config.get("architectures")
     return tuple(map(str, built)) if isinstance(built, list) else ()
+
+
+def built_without_logits(config: Mapping[str, Any]) -> str:
+    """Return the class of a config that, by its name alone, predicts no next token; "" if its name does not tell."""
+    built = _built(config)
+    tells = any(word in name for name in built for word in ENCODER_ONLY) or not any(
+        word in name for name in built for word in ("LM", "Generation", "GPT")
+    )
+    return shown(built[0]) if built and tells else ""
 
 
 def is_causal(config: Mapping[str, Any]) -> bool:

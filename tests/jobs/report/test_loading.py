@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console, Group
 
 from jobs.cli.main import main
-from jobs.report.loading import BY_ENGINE, ELSEWHERE
+from jobs.report.loading import BY_ENGINE, ELSEWHERE, Loading, loading_lines
 from loaders.layouts import ENGINES, LAYOUTS
 from loaders.places import DEMO
 
@@ -128,3 +130,12 @@ def test_of_a_split_gguf_the_first_part_is_loaded(weightmill: Any, tmp_path: Pat
     first = min(path.name for path in (tmp_path / "out").glob("*.gguf"))
     assert "-00001-of-" in first
     assert f"/{first} -p Hello" in ran.out
+
+
+@pytest.mark.quick
+def test_code_is_one_line_however_narrow_the_terminal_is() -> None:
+    code = f'model = AutoModel.from_pretrained("{"a-long/path" * 12}")'
+    shown = StringIO()
+    narrow = Console(width=40, file=shown, force_terminal=True, color_system=None)
+    narrow.print(Group(*loading_lines(Loading("transformers", None, code=code))), crop=False)
+    assert f"    {code}\n" in shown.getvalue()

@@ -130,7 +130,7 @@ def test_of_many_tensors_those_that_differ_most_are_shown(tmp_path: Path, weight
         other[f"layers.{number}.weight"] = Raw("BF16", data)
     a, b = write_checkpoint(tmp_path / "a", one), write_checkpoint(tmp_path / "b", other)
     said = weightmill("diff", a, b).out
-    assert "the 40 that differ most; tensors=all lists every tensor" in said
+    assert "the 40 that differ most, in the model's order; tensors=all lists every tensor" in said
     assert "60 tensors: 10 equal, 50 different" in said
     assert len(weightmill("diff", a, b, "format=json").document["tensors"]) == 50
     assert "differ most" not in weightmill("diff", a, b, "tensors=all").out
