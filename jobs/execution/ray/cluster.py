@@ -47,6 +47,7 @@ class RayCluster:
         self._own = None if address else OwnRay()
         try:
             self._ray = connect(spec, address, self._own)
+            self._watch = Watch(self._ray, self._where)
         except BaseException:
             self._end()
             raise
@@ -73,26 +74,27 @@ class RayCluster:
         check_fits(self._ray, self._spec, self.threads, tasks, self._scaling)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
+        self._watch.await_head()
         placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None)
         for line in placement.lines:
             note(line)
-        flights, watch = Flights(self._ray), Watch(self._ray, self._where)
+        flights = Flights(self._ray)
         dispatch = Dispatch(
-            flights, placement, watch, self.live, threads=self.threads,
+            flights, placement, self._watch, self.live, threads=self.threads,
             at_once=self._spec.units_at_once or sys.maxsize, retries=self._spec.retries,
         )  # fmt: skip
         try:
             yield from dispatch.run(tasks, on_bytes)
         finally:
-            self._machines = [Machine.of(node) for node in watch.nodes if node["Alive"]]
-            self._is_lost = watch.silent_s > SOME_S
-            watch.close()
+            self._machines = [Machine.of(node) for node in self._watch.nodes if node["Alive"]]
+            self._is_lost = self._watch.silent_s > SOME_S
             within(LOST_S if self._is_lost else CLOSE_S, flights.close)
             if not self._is_lost:
                 placement.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
+        self._watch.close()
         if not self._is_lost:
             self._scaling.close()
         within(LOST_S if self._is_lost else CLOSE_S, self._ray.shutdown)

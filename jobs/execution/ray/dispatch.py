@@ -266,7 +266,7 @@ class Dispatch:
                 continue
             effort.flights.remove(flight)
             self._left(flight, unit)
-            if unit == flight.unit or (flight.unit is None and cause.kind in ("fault", "memory")):
+            if unit == flight.unit or (flight.unit is None and cause.kind in ("fault", "memory", "crash")):
                 effort.died(cause, flight)
                 self._say(flight, cause)
             self._recount(unit)
