@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -345,6 +347,34 @@ def test_silent_machines_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "b is left out: no answer within" in capsys.readouterr().err
 
 
+def test_a_job_begins_without_machines_that_are_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.execution.ray.placement.OTHERS_S", 0.2)
+    monkeypatch.setattr("jobs.execution.ray.placement.PAUSE_S", 0.05)
+    ray = FakeRay(node("a"), node("slow"), node("frozen"))
+    ray.silent |= {"slow", "frozen"}
+    began = time.monotonic()
+    placement = placed(ray, joined=True)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert "slow and frozen have not answered yet: others begin" in capsys.readouterr().err
+    assert set(filled(placement, CPU)) == {"a"}
+    ray.silent.remove("slow")
+    placement.refresh(ray.nodes())
+    assert set(filled(placement, CPU)) == {"a", "slow"}
+    monkeypatch.setattr(nodes, "ASK_S", 0.0)
+    placement.refresh(ray.nodes())
+    assert "frozen is left out: no answer within" in capsys.readouterr().err
+    assert ray.asked == ["a", "slow", "frozen"]
+
+
+def test_of_machines_of_one_name_the_one_that_is_left_out_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay(*({**node(name), "NodeManagerHostname": "vm"} for name in ("a", "b")))
+    running(ray, "b", python="3.9.1")
+    placed(ray, joined=True)
+    assert "vm (b) is left out: it has Python 3.9.1" in capsys.readouterr().err
+
+
 # --- waiting for machines
 
 
@@ -355,6 +385,36 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, float]]]:
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: found.append(bundles))
     monkeypatch.setattr(fitting, "LOOK_S", 0.01)
     return found
+
+
+def heard(scaled: list[Any], count: int) -> None:
+    """Wait until an autoscaler was asked for so many units."""
+    deadline = time.monotonic() + 10
+    while not (scaled and len(scaled[-1]) == count):
+        assert time.monotonic() < deadline, scaled
+        time.sleep(0.01)
+
+
+def test_a_head_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = threading.Event(), list[int]()
+
+    def hangs(bundles: list[Any]) -> None:
+        asked.append(len(bundles))
+        answers.wait(20)
+
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", hangs)
+    monkeypatch.setattr(fitting, "HEARD_S", 0.05)
+    scaling = Scaling(ClusterSpec(kind="ray", wait_s=10))
+    began = time.monotonic()
+    for count in (3, 2):
+        scaling.want([{"CPU": 1}] * count)
+    scaling.close()
+    assert time.monotonic() - began < 10
+    answers.set()
+    deadline = time.monotonic() + 10
+    while asked[-1:] != [0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [asked[0], 0], "the newest alone is asked for"
 
 
 def test_machines_are_waited_for(scaled: list[list[dict[str, float]]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +445,7 @@ def test_a_cluster_that_scales_is_asked_for_what_is_left(scaled: list[Any]) -> N
     placement = placed(ray, *tasks, joined=True, wait_s=10)
     for left in (5, 5, 2):
         placement.refresh(ray.nodes(), left)
+        heard(scaled, left)
     placement.close()
     assert [len(bundles) for bundles in scaled] == [5, 2, 0]
 
