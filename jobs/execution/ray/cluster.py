@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 
-from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.ray.dispatch import Dispatch
@@ -42,6 +41,7 @@ class RayCluster:
         self._address = address
         self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
         self.live = Live()
+        self._said = set[str]()
         self._is_lost = False
         self._scaling = Scaling(spec)
         self._own = None if address else OwnRay()
@@ -75,9 +75,9 @@ class RayCluster:
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         self._watch.await_head()
-        placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None)
+        placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None, said=self._said)
         for line in placement.lines:
-            note(line)
+            placement.say(line)
         flights = Flights(self._ray)
         dispatch = Dispatch(
             flights, placement, self._watch, self.live, threads=self.threads,

@@ -67,14 +67,17 @@ class Placement:
     """
 
     def __init__(
-        self, ray: Any, spec: ClusterSpec, threads: int, tasks: Sequence[Task[Any]], *, is_joined: bool
-    ) -> None:
+        self, ray: Any, spec: ClusterSpec, threads: int, tasks: Sequence[Task[Any]], *, is_joined: bool,
+        said: set[str] | None = None,
+    ) -> None:  # fmt: skip
+        """`said` has the lines that the user has read about the cluster, to which those of now are added."""
         self._ray, self._spec, self._threads, self._tasks = ray, spec, threads, tasks
         self._has_gpu_units = any(task.gpus for task in tasks)
         self._by_architecture = any(task.by_architecture for task in tasks)
         self._architecture: str | None = None
         self._left, self._is_joined = len(tasks), is_joined
         self._others = _Others()
+        self._said = set() if said is None else said
         self._scaling = Scaling(spec)
         self._largest: dict[tuple[int, int], Need] = {}
         self._flying: Mapping[str, int] = {}
@@ -272,9 +275,9 @@ class Placement:
             if verdict.remark:
                 remarks.setdefault(verdict.remark, []).append(verdict.machine)
         for fault, machines in out.items():
-            note(f"{named(machines, known)} {'is' if len(machines) == 1 else 'are'} left out: {fault}")
+            self.say(f"{named(machines, known)} {'is' if len(machines) == 1 else 'are'} left out: {fault}")
         for remark, machines in remarks.items():
-            note(f"{named(machines, known)}: {remark}")
+            self.say(f"{named(machines, known)}: {remark}")
 
     def _see_others(self, available: Mapping[str, Mapping[str, float]]) -> None:
         """Look which CPUs other jobs use."""
@@ -287,6 +290,12 @@ class Placement:
         self._others = _Others(self._others.now, now)
 
     # --- for people
+
+    def say(self, line: str) -> None:
+        """Tell the user, who reads a line once, though each phase of a job asks all machines."""
+        if line not in self._said:
+            self._said.add(line)
+            note(line)
 
     @property
     def lines(self) -> list[str]:

@@ -233,6 +233,15 @@ def test_of_unlike_architectures_the_larger_group_works_where_bytes_may_differ()
     assert set(filled(placed(ray, FakeTask(by_architecture=True), joined=True), CPU)) == {"c"}
 
 
+def test_the_next_phase_of_a_job_says_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:
+    ray, said = FakeRay(node("a"), node("b")), set[str]()
+    running(ray, "b", numba="0.1.0")
+    spec = ClusterSpec(kind="ray", address="1.2.3.4:6379")
+    for _ in range(2):
+        Placement(ray, spec, 4, (CPU,), is_joined=True, said=said)
+    assert capsys.readouterr().err.count("b is left out: it has numba 0.1.0") == 1
+
+
 def test_the_output_must_be_the_same_folder(
     journal: Journal, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
