@@ -29,6 +29,7 @@ LOOK_S = 1.0  # seconds between two looks at all flights
 # Seconds after which a unit that waits for another attempt takes a machine that it would rather not.
 RESCUE_S = 10.0
 QUEUED_S = 5.0  # seconds that a flight waits for CPUs before it moves to another machine
+LATE_S = 30.0  # seconds that Ray may take to call a machine dead until that is said; it can be 24
 ALONE_S = 60.0  # seconds without any machine after which the job ends
 
 
@@ -238,7 +239,7 @@ class Dispatch:
 
     def _left(self, flight: Flight, unit: str) -> None:
         """Tell of an attempt that ended without being the unit's outcome."""
-        if flight.unit == unit:
+        if unit == (flight.unit or flight.first):
             self._live.moved(unit, flight.spot.name, -flight.progress.done_bytes)
             self._live.ended(unit, flight.spot.name, "again")
             flight.progress.done_bytes = 0
@@ -298,6 +299,7 @@ class Dispatch:
         for flight in self._flights:
             node = flight.spot.node
             if node in self._watch.dead:
+                self._tell_late(flight, now)
                 self._flights.kill(flight)
                 self._flights.drop(flight)
                 yield from self._ended(flight, gone(flight))
@@ -319,6 +321,14 @@ class Dispatch:
             self._overtake(now)
         elif not len(self._flights) and (why := self._placement.hopeless()) is not None:
             raise ClusterLost(f"cluster: {why}")
+
+    def _tell_late(self, flight: Flight, now: float) -> None:
+        """Say once if Ray has taken long to call a machine dead, which is set where the cluster is started."""
+        silent = now - max(flight.progress.moved_s, flight.progress.since_s)
+        if silent > LATE_S and ("", "late") not in self._said:
+            self._said.add(("", "late"))
+            name = flight.spot.name
+            note(f"Ray called {name} dead {silent:.0f} s after its last word; docs/clusters.md shortens that")
 
     def _is_queued(self, flight: Flight, now: float) -> bool:
         """Whether a flight waits for CPUs of its machine that other jobs use, while another machine is idle."""

@@ -116,7 +116,7 @@ def to_a_worker(mark: str, process: subprocess.Popen[str], number: signal.Signal
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
     assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0

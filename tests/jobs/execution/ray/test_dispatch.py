@@ -140,7 +140,16 @@ def test_units_of_a_dead_machine_run_elsewhere_at_once(run: Run) -> None:
     assert ran.failed == []
     assert ran.took_s < 20
     assert any("its machine went away (b)" in said for said in ran.notes)
+    assert not any("docs/clusters.md" in said for said in ran.notes)  # Ray knew at once
     assert all(when < 6.5 for node, _, _, when in ray.launched if node == "b")
+
+
+def test_it_is_said_once_if_ray_takes_long_to_call_a_machine_dead(run: Run) -> None:
+    late = {"frozen_s": 2.3, "dies_s": 45.3}
+    ran = run(FakeRay(a=machine(), b=machine(**late), c=machine(**late)), large(70))
+    assert ran.failed == []
+    [said] = [said for said in ran.notes if "docs/clusters.md" in said]
+    assert "Ray called b dead 44 s after its last word" in said
 
 
 def test_units_of_a_machine_that_will_leave_move_at_once_and_the_first_outcome_counts(run: Run) -> None:
