@@ -133,6 +133,10 @@ class Journal:
         self.key = key
         self.destination = destination_at(output, key)
 
+    def __reduce__(self) -> tuple[type[Journal], tuple[Address, str]]:
+        # Another process opens the destination itself: the client of a store does not travel.
+        return Journal, (self.output, self.key)
+
     @contextmanager
     def hold(self, job: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
         """Create the journal and exclude other processes from it for the length of the block.

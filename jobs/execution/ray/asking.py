@@ -76,7 +76,7 @@ def look_remotely(question: Question, settings: StoreSettings) -> Answer:
     try:
         fault = fault_of(question, wrote)
     except (WeightmillError, OSError) as error:
-        fault = str(error).replace(wrote, question.name)  # so that machines with one fault say the same
+        fault = str(error).replace(f"/{wrote}", "")  # the folder's fault, for which all machines have the same words
     return Answer(facts=facts, fault=fault, wrote=wrote)
 
 

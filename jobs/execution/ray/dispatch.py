@@ -156,6 +156,7 @@ class Dispatch:
             return
         now = time.monotonic()
         self._heard(flight, now)
+        outcomes: list[Any] = []
         for kind, value in message:
             if kind == "began":
                 flight.has_begun = True
@@ -166,15 +167,18 @@ class Dispatch:
             elif kind == "bytes":
                 self._moved(flight, value, now)
             elif kind == "outcome":
-                yield from self._outcome(flight, value)
+                outcomes += self._outcome(flight, value)
             elif kind == "moved":
                 traffic(WORKERS).moved(**value)
             elif kind == "compiling":
                 flight.progress.is_compiling = True
             elif kind == "short":
                 flight.is_short = value
+        # Before its outcome is handed out: who closes this generator then cancels all flights, and one that is just
+        # ending may not be, for Ray's C++ then ends this process (its issue 54798).
         if not flight.left:
             self._flights.drop(flight)
+        yield from outcomes
 
     def _heard(self, flight: Flight, now: float) -> None:
         """Note a sign of progress: the flight is not stuck, and its machine not silent."""

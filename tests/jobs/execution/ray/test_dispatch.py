@@ -50,6 +50,8 @@ class Ran:
         self.most_efforts = 0
         for outcome in self.dispatch.run(given, self.count):  # type: ignore[arg-type]
             self.outcomes.append(outcome)
+            # Who stops here cancels what flies, of which nothing may be about to end.
+            assert all(flight.left or flight.cancelled_s is not None for flight in self.flights)
             self.most_efforts = max(self.most_efforts, len(self.dispatch._efforts))
         self.took_s = ray.passed_s
         assert sorted(each.unit for each in self.outcomes) == sorted(task.unit.id for task in given)

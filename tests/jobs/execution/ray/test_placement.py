@@ -23,6 +23,7 @@ from jobs.spec.cluster import ClusterSpec
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import open_store
 from loaders.storage.address import Address
+from loaders.storage.folder_destination import FolderDestination
 from loaders.storage.settings import current, use
 from tests.jobs.execution.ray.fake_machines import FakeError, FakeRay, FakeTask, node
 
@@ -240,6 +241,23 @@ def test_the_next_phase_of_a_job_says_nothing_again(capsys: pytest.CaptureFixtur
     for _ in range(2):
         Placement(ray, spec, 4, (CPU,), is_joined=True, said=said)
     assert capsys.readouterr().err.count("b is left out: it has numba 0.1.0") == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_alike_in_each_phase(
+    journal: Journal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FolderDestination, name: str, data: bytes) -> None:
+        raise StorageError(f"writing {self.root / name}: Read-only file system")
+
+    def read_only(question: Question, settings: Any) -> Answer:
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderDestination, "put", refuse)
+            return look_remotely(question, settings)
+
+    ray = FakeRay(node("a"), node("b"))
+    ray.answers["b"] = read_only
+    placed(ray, FakeTask(journals=(journal,)), joined=True).close()
+    assert "/.out.000000000000.weightmill: Read-only file system" in capsys.readouterr().err
 
 
 def test_the_output_must_be_the_same_folder(
