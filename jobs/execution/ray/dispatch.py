@@ -390,12 +390,11 @@ class Dispatch:
             self._silent.add(flight.spot.node)
             if flight.spot.node not in self._pings:
                 self._pings[flight.spot.node] = self._flights.ask(flight)
+            self._move(flight, f"{flight.spot.name} has made no progress for {still:.0f} s: its units run elsewhere")
             if not flight.has_begun:
                 # It has not begun, and nothing is lost. Its machine may be busy with other jobs.
                 self._flights.cancel(flight)
                 yield from self._ended(flight, Cause("away", "its machine took no work"))
-                return
-            self._move(flight, f"{flight.spot.name} has made no progress for {still:.0f} s: its units run elsewhere")
         elif all(each.is_lost for each in self._flights) and still > self._pace.patience_s(flight.progress) + RESCUE_S:
             # All others are stuck, too, or there is none: its room is needed.
             self._flights.cancel(flight)

@@ -146,6 +146,13 @@ def test_units_of_a_dead_machine_run_elsewhere_at_once(run: Run) -> None:
     assert all(when < 6.5 for node, _, _, when in ray.launched if node == "b")
 
 
+def test_it_is_said_where_a_worker_never_began(run: Run) -> None:
+    """Those that are launched on b at once never begin, since it is frozen."""
+    ran = run(FakeRay(a=machine(), b=machine(frozen_s=0.0)), large(5))
+    assert ran.failed == []
+    assert [said.partition(" for ")[0] for said in ran.notes] == ["b has made no progress"]
+
+
 def test_it_is_said_once_if_ray_takes_long_to_call_a_machine_dead(run: Run) -> None:
     late = {"frozen_s": 2.3, "dies_s": 45.3}
     ran = run(FakeRay(a=machine(), b=machine(**late), c=machine(**late)), large(70))
