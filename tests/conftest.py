@@ -181,8 +181,17 @@ def place(place_of: Callable[[str], Place], request: pytest.FixtureRequest) -> P
     return place_of(request.param)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests first: those left at the end are short, so no process of pytest-xdist waits long for another."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests marked `cluster` out, unless they are asked for by their mark, their place or their name.
+
+    Slow tests are run first: those left at the end are short, so no process of pytest-xdist waits long for another.
+    """
+    marks = config.option.markexpr
+    by_name = any("tests/cluster" in argument or "::" in argument for argument in config.args)
+    if "cluster" not in marks and (marks or not by_name):
+        left_out = [item for item in items if item.get_closest_marker("cluster")]
+        items[:] = [item for item in items if not item.get_closest_marker("cluster")]
+        config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

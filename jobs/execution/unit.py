@@ -226,6 +226,9 @@ class TargetRun:
         self._journal = share.journal
         self._is_alone = is_alone
         self._attempt = attempt
+        self._shares_unit = not in_place  # with attempts of other processes
+        self._before = ""  # the attempt that has made the unit's record before this one began
+        self._first: Record | None = None  # of another attempt, which was faster
         self._began = time.perf_counter()
         self._clock = Clock()
         self.tensors = {tensor.name: tensor for tensor in share.unit.tensors}
@@ -241,6 +244,8 @@ class TargetRun:
             self._by_source.setdefault(placement.encoding.tensor.source_name, []).append(placement)
         with self.guarded():
             self._journal.check_there()
+            if (before := self._recorded) is not None:
+                self._before = before.attempt
             name = f"{share.unit.id}.{attempt}"
             self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)
 
@@ -287,10 +292,19 @@ class TargetRun:
         if fault:
             self.faults.append((error.relative_error, fault))
 
+    @property
+    def _recorded(self) -> Record | None:
+        return self._journal.record(self._share.unit) if self._shares_unit else None
+
     def finish(self) -> None:
-        """Complete the files, unless there are faults."""
+        """Complete the files, unless there are faults, or another attempt was first: then its files stay."""
         if self._files is not None and not self.failure:
             with self.guarded():
+                self._journal.check_there()
+                found = self._recorded
+                if found and found.key == self._share.unit.key(self._share.target) and found.attempt != self._before:
+                    self._first = found
+                    return
                 written, stored = self._files.finish()
                 records = (
                     _record(p, stored, self._errors[name], self.encoded_on(p)) for name, p in self.placements.items()
@@ -310,6 +324,8 @@ class TargetRun:
 
     def record(self, load: LoadStats) -> Done:
         """Write the record of the finished unit for this target, and return what the job needs of it."""
+        if self._first is not None:
+            return self._first.done
         unit = self._share.unit
         written, tensors = self._finished or ((), ())
         spent = self._clock.seconds()

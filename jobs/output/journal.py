@@ -133,6 +133,10 @@ class Journal:
         self.key = key
         self.destination = destination_at(output, key)
 
+    def __reduce__(self) -> tuple[type[Journal], tuple[Address, str]]:
+        # Another process opens the destination itself: the client of a store does not travel.
+        return Journal, (self.output, self.key)
+
     @contextmanager
     def hold(self, job: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
         """Create the journal and exclude other processes from it for the length of the block.
@@ -210,6 +214,11 @@ class Journal:
         """Write a unit's record. This is the unit's last step, after which it counts as done."""
         self.destination.put(f"records/{record.unit}.json", record.to_bytes())
 
+    def record(self, unit: Unit) -> Record | None:
+        """Return a unit's record as it is now; None if there is none that is whole."""
+        raw = self.destination.get(f"records/{unit.id}.json")
+        return None if raw is None else record_from(raw)
+
     def tensors(self, units: Iterable[Unit]) -> Iterator[TensorRecord]:
         """Yield the tensors of finished units, of which one unit's are in memory at a time.
 
@@ -227,9 +236,8 @@ class Journal:
 
     def _found(self, unit: Unit) -> Record | None:
         """Return a unit's record, if there is one that is whole; a crash may leave a file without its bytes."""
-        raw = self.destination.get(f"records/{unit.id}.json")
-        found = None if raw is None else record_from(raw)
-        if raw is not None and found is None:
+        found = self.record(unit)
+        if found is None and self.destination.get(f"records/{unit.id}.json") is not None:
             note(f"{self._place(unit)}: it is damaged, or of another version; {unit.id} is done again")
         return found
 

@@ -85,8 +85,13 @@ class FolderDestination:
         assert first in FOLDERS if within else first in FILES or first.endswith(TEMPORARY), name
         path = self.root / name
         with io_errors("making", path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make(path.parent)
         write_file(path, data)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder in the journal; not the journal, which may be gone since a job that went on is done."""
+        self.root.stat()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> bytes | None:
         path = self.root / name
@@ -109,7 +114,7 @@ class FolderDestination:
     def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:
         target = self.root / name
         with io_errors("finishing", target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make(target.parent)
             part.replace(target)
             sync_folder(target.parent)
             status = target.stat()

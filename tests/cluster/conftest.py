@@ -25,16 +25,6 @@ from tests.cluster.table import ROW, rows, table
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked `cluster` out, unless they are asked for by their mark or their place."""
-    marks = config.option.markexpr
-    asked = "cluster" in marks or (not marks and any("tests/cluster" in argument for argument in config.args))
-    if not asked:
-        left_out = [item for item in items if item.get_closest_marker("cluster")]
-        items[:] = [item for item in items if not item.get_closest_marker("cluster")]
-        config.hook.pytest_deselected(items=left_out)
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if found := rows(terminalreporter.stats):
         terminalreporter.write_sep("=", "clusters")

@@ -74,7 +74,8 @@ def test_two_jobs_at_once(case: Case) -> None:
 def test_two_drivers_for_one_output(case: Case) -> None:
     """a second driver for the same output, on another host"""
     job = case.job()
-    job.wait_for_units(4)
+    journals = case.cluster.network.seen(case.out.parent)
+    wait_for(lambda: list(journals.glob(".out*/lock")), 60, "the first has the output")
     second = case.job(host=case.cluster.hosts[1]).end(60)
     case.is_done(job, f"the second: {second.status}")
     assert second.status == 2, second.said

@@ -74,12 +74,12 @@ def test_a_host_joins_late(case: Case) -> None:
     cluster = case.cluster
     cluster.hosts[2].off()
     time.sleep(3)
-    for host in cluster.hosts[:2]:
-        host.limit(0.4)
+    cluster.hosts[2].boot()
     try:
         job = case.job()
         job.wait_for_units(2)
-        cluster.hosts[2].boot()
+        for host in cluster.hosts[:2]:
+            host.limit(0.15)
         cluster.join(cluster.hosts[2])
         ended = case.is_done(job)
     finally:

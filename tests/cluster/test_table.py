@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.cluster.table import HEAD, table
+from tests.cluster.table import HEAD, cases, merged, table
 from tests.readme import table_of
-
-
-def cases() -> list[str]:
-    """Return patterns of the cases' names, in which a parameter may stand."""
-    found = []
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any(each.arg == "case" for each in node.args.args):
-                found.append(re.escape(ast.get_docstring(node) or "").replace(r"\{\}", ".+"))
-    return found
 
 
 @pytest.mark.quick
@@ -30,3 +18,10 @@ def test_every_row_is_of_a_case() -> None:
         name, *others = row.removeprefix("| ").removesuffix(" |").split(" | ")
         assert any(re.fullmatch(case, name) for case in cases()), name
         assert len(others) == len(HEAD) - 1
+
+
+@pytest.mark.quick
+def test_new_rows_take_the_place_of_old_ones() -> None:
+    old = [("nothing", "0", "same", "0", ""), ("a raylet is killed", "0", "same", "9", "")]
+    new = [("a raylet is killed", "0", "same", "3", ""), ("the head loses power", "1", "none", "", "")]
+    assert merged(old, new) == [new[1], old[0], new[0]]

@@ -49,14 +49,14 @@ def test_the_same_unit_is_killed_again_and_again(case: Case) -> None:
     job = case.job()
     job.wait_for_units(4)
     unit, _, process = a_worker(job)
-    killed: list[float] = []
+    killed: set[int] = {process.number}
 
     def kill() -> None:
         while job.is_running:
             for name, _, process in job.cluster.at_work(job.out):
                 if name == unit:
                     process.kill()
-                    killed.append(time.monotonic())
+                    killed.add(process.number)
             time.sleep(0.02)
 
     process.kill()
@@ -64,7 +64,7 @@ def test_the_same_unit_is_killed_again_and_again(case: Case) -> None:
     thread.start()
     ended = case.has_failed(job, 1, unit, remark="given up with the unit's name; the rerun goes on")
     thread.join()
-    assert 1 <= len(killed) <= 10
+    assert 4 <= len(killed) <= 8  # three retries, and perhaps copies of a straggler
     assert ended.said.count("failed:") == 1
     case.resumes(job, units=4)
 

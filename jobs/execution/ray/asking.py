@@ -21,6 +21,7 @@ from loaders.errors import StorageError, WeightmillError
 from loaders.places import code_digest
 from loaders.storage import open_source
 from loaders.storage.address import Address
+from loaders.storage.atomic import TEMPORARY
 from loaders.storage.base import LOOKS, Entry, Store
 from loaders.storage.local import free_bytes
 from loaders.storage.settings import StoreSettings, current, use
@@ -71,11 +72,11 @@ def look_remotely(question: Question, settings: StoreSettings) -> Answer:
     """Answer on a Ray worker, with the driver's settings of stores."""
     use(settings)
     facts = Facts()
-    wrote = f"{question.name}.{uuid.uuid4().hex[:12]}"
+    wrote = f"{question.name.removesuffix(TEMPORARY)}-{uuid.uuid4().hex[:12]}{TEMPORARY}"
     try:
         fault = fault_of(question, wrote)
     except (WeightmillError, OSError) as error:
-        fault = str(error).replace(wrote, question.name)  # so that machines with one fault say the same
+        fault = str(error).replace(f"/{wrote}", "")  # the folder's fault, for which all machines have the same words
     return Answer(facts=facts, fault=fault, wrote=wrote)
 
 

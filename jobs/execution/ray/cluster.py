@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 
-from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed
 from jobs.execution.live import Live
 from jobs.execution.ray.dispatch import Dispatch
@@ -42,11 +41,13 @@ class RayCluster:
         self._address = address
         self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
         self.live = Live()
+        self._said = set[str]()
         self._is_lost = False
         self._scaling = Scaling(spec)
         self._own = None if address else OwnRay()
         try:
             self._ray = connect(spec, address, self._own)
+            self._watch = Watch(self._ray, self._where)
         except BaseException:
             self._end()
             raise
@@ -73,26 +74,27 @@ class RayCluster:
         check_fits(self._ray, self._spec, self.threads, tasks, self._scaling)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
-        placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None)
+        self._watch.await_head()
+        placement = Placement(self._ray, self._spec, self.threads, tasks, is_joined=self._own is None, said=self._said)
         for line in placement.lines:
-            note(line)
-        flights, watch = Flights(self._ray), Watch(self._ray, self._where)
+            placement.say(line)
+        flights = Flights(self._ray)
         dispatch = Dispatch(
-            flights, placement, watch, self.live, threads=self.threads,
+            flights, placement, self._watch, self.live, threads=self.threads,
             at_once=self._spec.units_at_once or sys.maxsize, retries=self._spec.retries,
         )  # fmt: skip
         try:
             yield from dispatch.run(tasks, on_bytes)
         finally:
-            self._machines = [Machine.of(node) for node in watch.nodes if node["Alive"]]
-            self._is_lost = watch.silent_s > SOME_S
-            watch.close()
+            self._machines = [Machine.of(node) for node in self._watch.nodes if node["Alive"]]
+            self._is_lost = self._watch.silent_s > SOME_S
             within(LOST_S if self._is_lost else CLOSE_S, flights.close)
             if not self._is_lost:
                 placement.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
+        self._watch.close()
         if not self._is_lost:
             self._scaling.close()
         within(LOST_S if self._is_lost else CLOSE_S, self._ray.shutdown)

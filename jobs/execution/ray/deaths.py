@@ -15,6 +15,8 @@ Kind = Literal["memory", "crash", "gone", "stuck", "away", "fault"]
 MEMORY_TIMES = (1, 2, 4)  # the request of memory, as a multiple of the plan's: it is doubled twice
 MOST_GONE = 3  # machines that may vanish with one unit
 REFUSED = ("TaskUnschedulableError", "LocalRayletDiedError", "TaskPlacementGroupRemoved")
+# Errors of a worker that had the unit, also where it died before anything was heard of it.
+FELL = ("OutOfMemoryError", "RuntimeEnvSetupError", "WorkerCrashedError", "")
 CRASHED = ("WorkerCrashedError", "TaskCancelledError", "RaySystemError")
 
 
@@ -29,7 +31,7 @@ class Cause:
 def cause_of(flight: Flight, error: Exception | None) -> Cause:
     """Say why a flight ended, by Ray's error; None stands for a stream that ended before its time."""
     name = "" if error is None else type(error).__name__
-    if name in REFUSED or (not flight.has_begun and name not in ("OutOfMemoryError", "RuntimeEnvSetupError", "")):
+    if name in REFUSED or (not flight.has_begun and name not in FELL):
         return Cause("away", "its machine took no work")
     if name == "OutOfMemoryError":
         return Cause("memory", "its worker was killed for memory")

@@ -29,6 +29,7 @@ LOOK_S = 1.0  # seconds between two looks at all flights
 # Seconds after which a unit that waits for another attempt takes a machine that it would rather not.
 RESCUE_S = 10.0
 QUEUED_S = 5.0  # seconds that a flight waits for CPUs before it moves to another machine
+LATE_S = 30.0  # seconds that Ray may take to call a machine dead until that is said; it can be 24
 ALONE_S = 60.0  # seconds without any machine after which the job ends
 
 
@@ -155,6 +156,7 @@ class Dispatch:
             return
         now = time.monotonic()
         self._heard(flight, now)
+        outcomes: list[Any] = []
         for kind, value in message:
             if kind == "began":
                 flight.has_begun = True
@@ -165,15 +167,18 @@ class Dispatch:
             elif kind == "bytes":
                 self._moved(flight, value, now)
             elif kind == "outcome":
-                yield from self._outcome(flight, value)
+                outcomes += self._outcome(flight, value)
             elif kind == "moved":
                 traffic(WORKERS).moved(**value)
             elif kind == "compiling":
                 flight.progress.is_compiling = True
             elif kind == "short":
                 flight.is_short = value
+        # Before its outcome is handed out: who closes this generator then cancels all flights, and one that is just
+        # ending may not be, for Ray's C++ then ends this process (its issue 54798).
         if not flight.left:
             self._flights.drop(flight)
+        yield from outcomes
 
     def _heard(self, flight: Flight, now: float) -> None:
         """Note a sign of progress: the flight is not stuck, and its machine not silent."""
@@ -238,7 +243,7 @@ class Dispatch:
 
     def _left(self, flight: Flight, unit: str) -> None:
         """Tell of an attempt that ended without being the unit's outcome."""
-        if flight.unit == unit:
+        if unit == (flight.unit or flight.first):
             self._live.moved(unit, flight.spot.name, -flight.progress.done_bytes)
             self._live.ended(unit, flight.spot.name, "again")
             flight.progress.done_bytes = 0
@@ -266,7 +271,7 @@ class Dispatch:
                 continue
             effort.flights.remove(flight)
             self._left(flight, unit)
-            if unit == flight.unit or (flight.unit is None and cause.kind in ("fault", "memory")):
+            if unit == flight.unit or (flight.unit is None and cause.kind in ("fault", "memory", "crash")):
                 effort.died(cause, flight)
                 self._say(flight, cause)
             self._recount(unit)
@@ -298,6 +303,7 @@ class Dispatch:
         for flight in self._flights:
             node = flight.spot.node
             if node in self._watch.dead:
+                self._tell_late(flight, now)
                 self._flights.kill(flight)
                 self._flights.drop(flight)
                 yield from self._ended(flight, gone(flight))
@@ -319,6 +325,14 @@ class Dispatch:
             self._overtake(now)
         elif not len(self._flights) and (why := self._placement.hopeless()) is not None:
             raise ClusterLost(f"cluster: {why}")
+
+    def _tell_late(self, flight: Flight, now: float) -> None:
+        """Say once if Ray has taken long to call a machine dead, which is set where the cluster is started."""
+        silent = now - max(flight.progress.moved_s, flight.progress.since_s)
+        if silent > LATE_S and ("", "late") not in self._said:
+            self._said.add(("", "late"))
+            name = flight.spot.name
+            note(f"Ray called {name} dead {silent:.0f} s after its last word; docs/clusters.md shortens that")
 
     def _is_queued(self, flight: Flight, now: float) -> bool:
         """Whether a flight waits for CPUs of its machine that other jobs use, while another machine is idle."""
@@ -376,12 +390,11 @@ class Dispatch:
             self._silent.add(flight.spot.node)
             if flight.spot.node not in self._pings:
                 self._pings[flight.spot.node] = self._flights.ask(flight)
+            self._move(flight, f"{flight.spot.name} has made no progress for {still:.0f} s: its units run elsewhere")
             if not flight.has_begun:
                 # It has not begun, and nothing is lost. Its machine may be busy with other jobs.
                 self._flights.cancel(flight)
                 yield from self._ended(flight, Cause("away", "its machine took no work"))
-                return
-            self._move(flight, f"{flight.spot.name} has made no progress for {still:.0f} s: its units run elsewhere")
         elif all(each.is_lost for each in self._flights) and still > self._pace.patience_s(flight.progress) + RESCUE_S:
             # All others are stuck, too, or there is none: its room is needed.
             self._flights.cancel(flight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,32 +15,47 @@ from jobs.spec.cluster import ClusterSpec
 from loaders.errors import BadSpec
 
 LOOK_S = 1.0  # seconds between two looks while machines are waited for
+HEARD_S = 5.0  # seconds that an autoscaler's head has at the end to take a request
 MOST_BUNDLES = 1000  # units for which an autoscaler is asked at once: it packs them, one by one, onto machines
 
 
 class Scaling:
     """What a cluster's autoscaler is asked for; nothing is asked unless the job waits for machines (`wait_s`).
 
-    Ray keeps one request for a cluster, so of two jobs that scale it at once the last one's counts.
+    Ray keeps one request for a cluster, so of two jobs that scale it at once the last one's counts. It is asked on a
+    thread, since a head that does not answer would hold up the job.
     """
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._spec = spec
+        self._wanted: list[dict[str, float]] = []
         self._asked: list[dict[str, float]] = []
+        self._turn = threading.Lock()
+        self._asking: threading.Thread | None = None
 
     def want(self, bundles: Sequence[dict[str, float]]) -> None:
         """Ask that the cluster has room for all of these at once. Fewer than before let it shrink."""
         wanted = list(bundles)[: min(MOST_BUNDLES, self._spec.units_at_once or MOST_BUNDLES)]
-        if self._spec.wait_s and wanted != self._asked:
-            from ray.autoscaler.sdk import request_resources
+        is_asking = self._asking is not None and self._asking.is_alive()
+        if self._spec.wait_s and wanted != (self._wanted if is_asking else self._asked):
+            self._wanted = wanted
+            self._asking = threading.Thread(target=self._ask, name="ray-scaling", daemon=True)
+            self._asking.start()
 
-            # A cluster whose head does not answer is another part's to notice.
-            with suppress(Exception):
+    def _ask(self) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        # A cluster whose head does not answer is another part's to notice.
+        with self._turn, suppress(Exception):
+            if (wanted := self._wanted) != self._asked:
                 request_resources(bundles=wanted)
                 self._asked = wanted
 
     def close(self) -> None:
+        """Take back what was asked for; waits a little until that is heard."""
         self.want([])
+        if self._asking is not None:
+            self._asking.join(HEARD_S)
 
 
 def await_machines(ray: Any, spec: ClusterSpec, scaling: Scaling) -> None:

@@ -38,6 +38,7 @@ class Flight:
         self.spot = spot
         self.name = name  # of the Ray task, by which its worker's process is found
         self.stream = stream
+        self.first = tasks[0].unit.id
         self.unit: str | None = None
         self.progress = Progress(time.monotonic(), 0)
         self.silent_s = max(getattr(task, "silent_s", 0.0) for task in tasks)

@@ -105,10 +105,13 @@ def threads_of(machines: Iterable[Machine], spec: ClusterSpec) -> int:
     return spec.threads or max(1, min(int(most), MOST_THREADS))
 
 
-def named(machines: Iterable[Machine]) -> str:
-    """Return the names of machines, the first ones of many; nodes of one name are told apart by Ray's ids."""
+def named(machines: Iterable[Machine], among: Iterable[Machine] = ()) -> str:
+    """Return the names of machines, the first ones of many.
+
+    Of these and those that they are `among`, nodes of one name are told apart by Ray's ids.
+    """
     rows = list(machines)
-    same = Counter(machine.name for machine in rows)
+    same = Counter(machine.name for machine in {machine.id: machine for machine in (*rows, *among)}.values())
     names = [row.name if same[row.name] == 1 else f"{row.name} ({row.id[:8]})" for row in rows]
     rest = len(names) - SHOWN
     if rest > 1:

@@ -90,7 +90,9 @@ class Looks:
             try:
                 answer = self._ray.get(sent)
             except self._ray.exceptions.RayError as error:
-                if type(error).__name__ not in GONE:
+                if type(error).__name__ == "OutOfMemoryError":
+                    yield Verdict(asked.machine, "it is short of memory")
+                elif type(error).__name__ not in GONE:
                     yield Verdict(asked.machine, said_by_ray(error))
             else:
                 yield self._judged(asked, answer)

@@ -35,6 +35,12 @@ LONGEST_FOLDER = LONGEST_PATH - len(
 # Ray's own way to keep to the loopback interface, which it takes on systems whose firewalls would ask.
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
+# When Ray calls a machine dead that does not answer: after 24 s, where its own values take a minute.
+HEALTH = {
+    "RAY_health_check_period_ms": "3000", "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+
 
 class OwnRay:
     """The folder and the environment of a Ray cluster that is started here; both are undone when it is closed.
@@ -47,6 +53,7 @@ class OwnRay:
         self._stack = ExitStack()
         self.folder = self._stack.enter_context(_folder())
         self._stack.enter_context(_guarded(self.folder))
+        self._stack.enter_context(_environment({n: value for n, value in HEALTH.items() if n not in os.environ}))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._stack.enter_context(_environment({LOOPBACK: "0", **token}))
 

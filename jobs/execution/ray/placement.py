@@ -23,6 +23,10 @@ from jobs.spec.cluster import ClusterSpec
 from loaders.errors import StorageError
 from loaders.storage.settings import StoreSettings, current
 
+# Once a machine may work, the others have so many seconds more until the job begins without them.
+OTHERS_S = 5.0
+PAUSE_S = 0.5  # seconds to wait for answers between two looks
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -63,14 +67,17 @@ class Placement:
     """
 
     def __init__(
-        self, ray: Any, spec: ClusterSpec, threads: int, tasks: Sequence[Task[Any]], *, is_joined: bool
-    ) -> None:
+        self, ray: Any, spec: ClusterSpec, threads: int, tasks: Sequence[Task[Any]], *, is_joined: bool,
+        said: set[str] | None = None,
+    ) -> None:  # fmt: skip
+        """`said` has the lines that the user has read about the cluster, to which those of now are added."""
         self._ray, self._spec, self._threads, self._tasks = ray, spec, threads, tasks
         self._has_gpu_units = any(task.gpus for task in tasks)
         self._by_architecture = any(task.by_architecture for task in tasks)
         self._architecture: str | None = None
         self._left, self._is_joined = len(tasks), is_joined
         self._others = _Others()
+        self._said = set() if said is None else said
         self._scaling = Scaling(spec)
         self._largest: dict[tuple[int, int], Need] = {}
         self._flying: Mapping[str, int] = {}
@@ -221,11 +228,16 @@ class Placement:
         looks = self._look()
         for machine in machines:
             looks.ask(machine)
-        verdicts, deadline = list[Verdict](), time.monotonic() + ASK_S
-        while looks.under_way and time.monotonic() <= deadline + 1:
-            verdicts += looks.answered(max(0.0, deadline - time.monotonic()))
+        verdicts, deadline = list[Verdict](), time.monotonic() + ASK_S + PAUSE_S
+        while looks.under_way and time.monotonic() <= deadline:
+            verdicts += looks.answered(PAUSE_S)
+            if any(not verdict.fault for verdict in verdicts):
+                deadline = min(deadline, time.monotonic() + OTHERS_S)
+        late = [machine for machine in machines if machine.id in looks.under_way]
         self._choose_architecture([verdict for verdict in verdicts if not verdict.fault])
         self._admit(verdicts)
+        if late:
+            note(f"{named(late, machines)} {'has' if len(late) == 1 else 'have'} not answered yet: others begin")
         if machines and not self._machines:
             self.close()
             raise StorageError(
@@ -244,6 +256,8 @@ class Placement:
 
     def _admit(self, verdicts: Any) -> None:
         """Let machines work that can, and say which cannot, and why: a line for all that have the same reason."""
+        verdicts = list(verdicts)
+        known = [*self._machines.values(), *(verdict.machine for verdict in verdicts)]
         out: dict[str, list[Machine]] = {}
         remarks: dict[str, list[Machine]] = {}
         for verdict in verdicts:
@@ -261,9 +275,9 @@ class Placement:
             if verdict.remark:
                 remarks.setdefault(verdict.remark, []).append(verdict.machine)
         for fault, machines in out.items():
-            note(f"{named(machines)} {'is' if len(machines) == 1 else 'are'} left out: {fault}")
+            self.say(f"{named(machines, known)} {'is' if len(machines) == 1 else 'are'} left out: {fault}")
         for remark, machines in remarks.items():
-            note(f"{named(machines)}: {remark}")
+            self.say(f"{named(machines, known)}: {remark}")
 
     def _see_others(self, available: Mapping[str, Mapping[str, float]]) -> None:
         """Look which CPUs other jobs use."""
@@ -276,6 +290,12 @@ class Placement:
         self._others = _Others(self._others.now, now)
 
     # --- for people
+
+    def say(self, line: str) -> None:
+        """Tell the user, who reads a line once, though each phase of a job asks all machines."""
+        if line not in self._said:
+            self._said.add(line)
+            note(line)
 
     @property
     def lines(self) -> list[str]:

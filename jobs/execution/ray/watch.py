@@ -76,6 +76,16 @@ class Watch:
         if self.silent_s > SILENT_S:
             raise ClusterLost(self._words)
 
+    def await_head(self) -> None:
+        """Wait until the head answers, as it does at once if it is there.
+
+        Raises:
+            ClusterLost: nothing was heard of it for SILENT_S.
+        """
+        while self.silent_s > WATCH_S + ASK_S:
+            self.check()
+            time.sleep(0.1)
+
     @property
     def silent_s(self) -> float:
         """Seconds since the head was last heard of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -78,6 +79,8 @@ class FakeRay:
 
     def wait(self, sent: Sequence[Any], *, num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         ready = [each for each in sent if each.node not in self.silent]
+        if len(ready) < num_returns:
+            time.sleep(timeout)
         return ready, [each for each in sent if each.node in self.silent]
 
     def get(self, sent: Any) -> Any:

@@ -50,6 +50,8 @@ class Ran:
         self.most_efforts = 0
         for outcome in self.dispatch.run(given, self.count):  # type: ignore[arg-type]
             self.outcomes.append(outcome)
+            # Who stops here cancels what flies, of which nothing may be about to end.
+            assert all(flight.left or flight.cancelled_s is not None for flight in self.flights)
             self.most_efforts = max(self.most_efforts, len(self.dispatch._efforts))
         self.took_s = ray.passed_s
         assert sorted(each.unit for each in self.outcomes) == sorted(task.unit.id for task in given)
@@ -140,7 +142,23 @@ def test_units_of_a_dead_machine_run_elsewhere_at_once(run: Run) -> None:
     assert ran.failed == []
     assert ran.took_s < 20
     assert any("its machine went away (b)" in said for said in ran.notes)
+    assert not any("docs/clusters.md" in said for said in ran.notes)  # Ray knew at once
     assert all(when < 6.5 for node, _, _, when in ray.launched if node == "b")
+
+
+def test_it_is_said_where_a_worker_never_began(run: Run) -> None:
+    """Those that are launched on b at once never begin, since it is frozen."""
+    ran = run(FakeRay(a=machine(), b=machine(frozen_s=0.0)), large(5))
+    assert ran.failed == []
+    assert [said.partition(" for ")[0] for said in ran.notes] == ["b has made no progress"]
+
+
+def test_it_is_said_once_if_ray_takes_long_to_call_a_machine_dead(run: Run) -> None:
+    late = {"frozen_s": 2.3, "dies_s": 45.3}
+    ran = run(FakeRay(a=machine(), b=machine(**late), c=machine(**late)), large(70))
+    assert ran.failed == []
+    [said] = [said for said in ran.notes if "docs/clusters.md" in said]
+    assert "Ray called b dead 44 s after its last word" in said
 
 
 def test_units_of_a_machine_that_will_leave_move_at_once_and_the_first_outcome_counts(run: Run) -> None:

@@ -100,6 +100,17 @@ def test_a_cluster_of_ours_is_reached_by_nobody_else(serving: tuple[subprocess.P
     assert json.loads(process.stdout.readline()) == [False, None, None]
 
 
+def test_health_checks_are_set_unless_the_user_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_health_check_period_ms", "1234")
+    own = OwnRay()
+    found = {name: os.environ.get(name) for name in own_ray.HEALTH}
+    own.close()
+    assert found == {**own_ray.HEALTH, "RAY_health_check_period_ms": "1234"}
+    left = {name: value for name, value in os.environ.items() if name in own_ray.HEALTH}
+    assert left == {"RAY_health_check_period_ms": "1234"}
+
+
 def test_a_token_of_the_users_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     users = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "theirs", "RAY_AUTH_TOKEN_PATH": "/a/file"}

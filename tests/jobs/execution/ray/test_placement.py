@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +23,7 @@ from jobs.spec.cluster import ClusterSpec
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import open_store
 from loaders.storage.address import Address
+from loaders.storage.folder_destination import FolderDestination
 from loaders.storage.settings import current, use
 from tests.jobs.execution.ray.fake_machines import FakeError, FakeRay, FakeTask, node
 
@@ -231,6 +234,32 @@ def test_of_unlike_architectures_the_larger_group_works_where_bytes_may_differ()
     assert set(filled(placed(ray, FakeTask(by_architecture=True), joined=True), CPU)) == {"c"}
 
 
+def test_the_next_phase_of_a_job_says_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:
+    ray, said = FakeRay(node("a"), node("b")), set[str]()
+    running(ray, "b", numba="0.1.0")
+    spec = ClusterSpec(kind="ray", address="1.2.3.4:6379")
+    for _ in range(2):
+        Placement(ray, spec, 4, (CPU,), is_joined=True, said=said)
+    assert capsys.readouterr().err.count("b is left out: it has numba 0.1.0") == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_alike_in_each_phase(
+    journal: Journal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FolderDestination, name: str, data: bytes) -> None:
+        raise StorageError(f"writing {self.root / name}: Read-only file system")
+
+    def read_only(question: Question, settings: Any) -> Answer:
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderDestination, "put", refuse)
+            return look_remotely(question, settings)
+
+    ray = FakeRay(node("a"), node("b"))
+    ray.answers["b"] = read_only
+    placed(ray, FakeTask(journals=(journal,)), joined=True).close()
+    assert "/.out.000000000000.weightmill: Read-only file system" in capsys.readouterr().err
+
+
 def test_the_output_must_be_the_same_folder(
     journal: Journal, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +374,34 @@ def test_silent_machines_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "b is left out: no answer within" in capsys.readouterr().err
 
 
+def test_a_job_begins_without_machines_that_are_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.execution.ray.placement.OTHERS_S", 0.2)
+    monkeypatch.setattr("jobs.execution.ray.placement.PAUSE_S", 0.05)
+    ray = FakeRay(node("a"), node("slow"), node("frozen"))
+    ray.silent |= {"slow", "frozen"}
+    began = time.monotonic()
+    placement = placed(ray, joined=True)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert "slow and frozen have not answered yet: others begin" in capsys.readouterr().err
+    assert set(filled(placement, CPU)) == {"a"}
+    ray.silent.remove("slow")
+    placement.refresh(ray.nodes())
+    assert set(filled(placement, CPU)) == {"a", "slow"}
+    monkeypatch.setattr(nodes, "ASK_S", 0.0)
+    placement.refresh(ray.nodes())
+    assert "frozen is left out: no answer within" in capsys.readouterr().err
+    assert ray.asked == ["a", "slow", "frozen"]
+
+
+def test_of_machines_of_one_name_the_one_that_is_left_out_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay(*({**node(name), "NodeManagerHostname": "vm"} for name in ("a", "b")))
+    running(ray, "b", python="3.9.1")
+    placed(ray, joined=True)
+    assert "vm (b) is left out: it has Python 3.9.1" in capsys.readouterr().err
+
+
 # --- waiting for machines
 
 
@@ -355,6 +412,36 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, float]]]:
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: found.append(bundles))
     monkeypatch.setattr(fitting, "LOOK_S", 0.01)
     return found
+
+
+def heard(scaled: list[Any], count: int) -> None:
+    """Wait until an autoscaler was asked for so many units."""
+    deadline = time.monotonic() + 10
+    while not (scaled and len(scaled[-1]) == count):
+        assert time.monotonic() < deadline, scaled
+        time.sleep(0.01)
+
+
+def test_a_head_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = threading.Event(), list[int]()
+
+    def hangs(bundles: list[Any]) -> None:
+        asked.append(len(bundles))
+        answers.wait(20)
+
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", hangs)
+    monkeypatch.setattr(fitting, "HEARD_S", 0.05)
+    scaling = Scaling(ClusterSpec(kind="ray", wait_s=10))
+    began = time.monotonic()
+    for count in (3, 2):
+        scaling.want([{"CPU": 1}] * count)
+    scaling.close()
+    assert time.monotonic() - began < 10
+    answers.set()
+    deadline = time.monotonic() + 10
+    while asked[-1:] != [0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [asked[0], 0], "the newest alone is asked for"
 
 
 def test_machines_are_waited_for(scaled: list[list[dict[str, float]]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +472,7 @@ def test_a_cluster_that_scales_is_asked_for_what_is_left(scaled: list[Any]) -> N
     placement = placed(ray, *tasks, joined=True, wait_s=10)
     for left in (5, 5, 2):
         placement.refresh(ray.nodes(), left)
+        heard(scaled, left)
     placement.close()
     assert [len(bundles) for bundles in scaled] == [5, 2, 0]
 

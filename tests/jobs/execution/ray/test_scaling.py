@@ -46,7 +46,7 @@ def scaling(most: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="namespaces need root")
 def test_a_cluster_without_machines_starts_some_for_a_job(tmp_path: Path) -> None:
     if shutil.which("unshare") is None or shutil.which("ip") is None:

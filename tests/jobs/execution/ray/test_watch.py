@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,23 @@ def test_a_silent_head_ends_the_job_by_name(ray: Ray, monkeypatch: pytest.Monkey
     until(lambda: watch.silent_s > 0.2)
     with pytest.raises(ClusterLost, match="the head of the Ray cluster at h:1 has not answered for 0 s"):
         watch.check()
+    watch.close()
+
+
+def test_a_head_that_is_silent_between_two_phases_is_waited_for(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "ASK_S", 0.1)
+    watch = Watch(ray, "the Ray cluster at h:1")
+    watch.await_head()
+    ray.is_silent = True
+    until(lambda: watch.silent_s > 0.2)
+    threading.Timer(0.2, lambda: setattr(ray, "is_silent", False)).start()
+    watch.await_head()
+    assert watch.silent_s < 0.2
+    ray.is_silent = True
+    monkeypatch.setattr(watching, "SILENT_S", 0.3)
+    until(lambda: watch.silent_s > 0.2)
+    with pytest.raises(ClusterLost, match="has not answered"):
+        watch.await_head()
     watch.close()
 
 
