@@ -114,8 +114,16 @@ def exclusive(path: Path) -> Iterator[bool]:
         file = os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+")
     with file:
         with io_errors("locking", path):
-            is_held = _lock(file)
+            # Who held it until now may have removed it, with all that it guards.
+            is_held = _lock(file) and _is_at(path, file)
         yield is_held
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: IO[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from loaders import AtomicWriter, StorageError, atomic_writer, file_lock, get_file_lock_path
-from loaders.storage.atomic import write_file
+from loaders.storage.atomic import exclusive, write_file
 
 pytestmark = pytest.mark.quick
 
@@ -118,6 +119,19 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     for place in (tmp_path / "no" / "x", tmp_path):
         with pytest.raises(StorageError, match=f"writing {place}"), atomic_writer(place):
             pass
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last holder has published, and removed it, between its opening and its taking by another."""
+    lock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (tmp_path / "lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with exclusive(tmp_path / "lock") as is_held:
+        assert not is_held
 
 
 def test_a_lock_keeps_other_processes_and_threads_out(tmp_path: Path) -> None:
