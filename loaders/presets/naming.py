@@ -27,6 +27,7 @@ WORDS: Mapping[str, Callable[[Any], str]] = {
     "target_gb": lambda size: f"{size:g}gb",
     "among": "-".join,
     "calibration": lambda text: f"by-{PurePath(text).stem}",
+    "imatrix": lambda file: f"by-{PurePath(file).name}",
     "calibration_tokens": lambda count: f"{count}tokens",
 }
 

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loaders.dtypes import DTYPES
 from loaders.errors import setting
-from loaders.presets.base import FloatName, Spec
+from loaders.presets.base import FloatName, Location, Spec
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, STORAGE_DTYPES, Bnb4
@@ -266,6 +266,9 @@ class GgmlQuant(Quant):
     embedding_type: str | None = Field(description="the embedding's type; null: as llama-quantize chooses")
     output_type: str | None = Field(description="the output projection's type, or a tied embedding's; null: likewise")
     absmean: bool = Field(description="round to -1, 0, 1 times the mean magnitude first, as BitNet; for TQ1_0, TQ2_0")
+    imatrix: Location | None = Field(
+        description="the file of an importance matrix, as llama-imatrix writes it: a path, or a URL; null: without"
+    )
 
     @property
     def scheme(self) -> Scheme:
@@ -274,7 +277,9 @@ class GgmlQuant(Quant):
 
     @property
     def mix(self) -> Mix | None:
-        return GgmlMix(self.file_type, self.pure, self.embedding_type, self.output_type, self.absmean)
+        return GgmlMix(
+            self.file_type, self.pure, self.embedding_type, self.output_type, self.absmean, self.imatrix is not None
+        )
 
     @property
     def label(self) -> str | None:

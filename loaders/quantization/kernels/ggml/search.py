@@ -104,54 +104,60 @@ def nearest_of(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
 
 
 class _Fit:
-    """Fits of a scale to sub-blocks of Q6_K, by codes from -32 to 31. `terms`: memory for x^2 and x^2 * x, a row each.
+    """Fits of a scale to blocks of n weights, by codes from -top to top - 1.
 
-    With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes are.
+    Errors count by `weights` (n, LANES), or by x^2 where that is None. `terms` is memory for a weight's importance w, and
+    for w * x, a row each. With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes are.
     """
 
-    def __init__(self, lanes: Lanes, x: Array, terms: Array) -> None:
+    def __init__(self, lanes: Lanes, x: Array, weights: Array | None, terms: Array, n: int, top: int) -> None:
         self.lanes = lanes
         self._arrays = x, terms
+        self._n = n
+        self._top = top
 
         def put(at: Value) -> list[Value]:
             v = lanes.load(x, at, LANES)
-            w = lanes.b.fmul(v, v)
+            w = lanes.b.fmul(v, v) if weights is None else lanes.load(weights, at, LANES)
             lanes.store(w, terms, lanes.op("mul", at, 2))
             lanes.store(lanes.b.fmul(w, v), terms, lanes.op("add", lanes.op("mul", at, 2), LANES))
             return []
 
-        over_rows(lanes, range(16), [], put)
+        over_rows(lanes, range(n), [], put)
 
     def sums(self, step: Value) -> list[Value]:
-        """Return the sums of x^2 * x * code and of x^2 * code * code, multiplied in ggml's order; step: 1 / scale."""
+        """Return the sums of w * x * code and of w * code * code, multiplied in ggml's order; step: 1 / scale."""
         lanes, b, (x, terms) = self.lanes, self.lanes.b, self._arrays
 
         def add(at: Value, sum_lx: Value, sum_l2: Value) -> list[Value]:
             twice = lanes.op("mul", at, 2)
             w, wv = lanes.load(terms, twice, LANES), lanes.load(terms, lanes.op("add", twice, LANES), LANES)
-            code = nearest_of(lanes, b.fmul(step, lanes.load(x, at, LANES)), -32, 31)
+            code = nearest_of(lanes, b.fmul(step, lanes.load(x, at, LANES)), -self._top, self._top - 1)
             return [b.fadd(sum_lx, b.fmul(wv, code)), b.fadd(sum_l2, b.fmul(b.fmul(w, code), code))]
 
-        return over_rows(lanes, range(16), [in_all(lanes, 0)] * 2, add)
+        return over_rows(lanes, range(self._n), [in_all(lanes, 0)] * 2, add)
 
 
-@vector(types.void)
-def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array) -> None:
-    """Search as make_qx_quants(16, 32, rmse_type 1): the first scale takes the greatest weight to -32.
+def fit_scale(
+    lanes: Lanes, x: Array, weights: Array | None, terms: Array, codes: Array, scales: Array, shape: tuple[int, int]
+) -> None:
+    """Search as make_qx_quants(n, limit, rmse_type 1), for `shape` = (n, limit).
 
-    Eighteen others take it to -32 - 0.1 * k, k from -9 to 9 without 0; the best fit by weighted least squares is kept.
-    Codes are from 0 to 63; a sub-block of nothing has scale and codes 0.
+    The first scale takes the greatest weight to -limit, eighteen others take it to -limit - 0.1 * k, k from -9 to 9
+    without 0; the best fit by weighted least squares is kept. Codes are from 0 to 2 limit - 1; a block of nothing has
+    scale and codes 0. For `weights` and `terms` see `_Fit`.
     """
     b, zero, number = lanes.b, in_all(lanes, 0), ir.IntType(64)
-    top, size = _extreme(lanes, x, 16)
-    step, fit = b.fdiv(in_all(lanes, -32), top), _Fit(lanes, x, terms)
+    n, limit = shape
+    top, size = _extreme(lanes, x, n)
+    step, fit = b.fdiv(in_all(lanes, -limit), top), _Fit(lanes, x, weights, terms, n, limit)
     sum_lx, sum_l2 = fit.sums(step)
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
 
     def improve(index: Value, *best: Value) -> list[Value]:
         """Try one more step. `best` is a scale, the measure of its fit (scale * sum_lx), and 1 / scale for codes."""
         k = b.sub(lanes.op("sub", index, 9), b.sext(b.icmp_signed(">=", index, ir.Constant(number, 9)), number))
-        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), 32)
+        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), limit)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
         sum_lx, sum_l2 = fit.sums(step)
         exceeds = is_less(lanes, b.fmul(best[1], sum_l2), b.fmul(sum_lx, sum_lx))
@@ -165,12 +171,17 @@ def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array)
     is_nothing = is_less(lanes, size, in_all(lanes, NOTHING))
 
     def put(at: Value) -> list[Value]:
-        found = nearest_int(lanes, b.fmul(step, lanes.load(x, at, LANES)), -32, 31)
-        lanes.store(b.select(is_nothing, zero, lanes.op("fadd", found, 32)), codes, at)
+        found = nearest_int(lanes, b.fmul(step, lanes.load(x, at, LANES)), -limit, limit - 1)
+        lanes.store(b.select(is_nothing, zero, lanes.op("fadd", found, limit)), codes, at)
         return []
 
-    over_rows(lanes, range(16), [], put)
+    over_rows(lanes, range(n), [], put)
     put_row(lanes, b.select(is_nothing, zero, scale), scales, 0)
+
+
+@vector(types.void)
+def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array) -> None:
+    fit_scale(lanes, x, None, terms, codes, scales, (16, 32))
 
 
 @vector(types.void)
