@@ -21,7 +21,7 @@ import xxhash
 from loaders.containers import gguf
 from loaders.errors import BadCheckpoint, MissingFile, setting
 from loaders.imatrix.matrix import ImportanceMatrix, MatrixFile, Sums
-from loaders.limits import GGUF_TEXT, PACKED_EXPERTS, check_name, check_tensors, shown
+from loaders.limits import GGUF_TEXT, MOST_TENSORS, PACKED_EXPERTS, check_name, shown
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
@@ -111,9 +111,10 @@ def _legacy(data: IO[bytes], size: int) -> tuple[dict[str, Sums], tuple[str, ...
     """Read int32 counts and lengths, each entry's name, calls and numbers, then the number of chunks and the dataset."""
     data.seek(0)
     entries, sums = _int32(data, size), dict[str, Sums]()
-    if entries < 1:
-        raise BadCheckpoint(f"it is no GGUF, and announces {entries} entries as an old file (.dat)")
-    check_tensors(entries, "its header")
+    if not 0 < entries <= MOST_TENSORS:
+        raise BadCheckpoint(
+            f"it is no GGUF, and as an old file (.dat) it announces {entries} tensors; expected 1 to {MOST_TENSORS}"
+        )
     for index in range(entries):
         length = _int32(data, size)
         if not 0 < length <= size - data.tell():
