@@ -95,16 +95,19 @@ def _not_computed(layout: Layout, checkpoint: Checkpoint) -> list[str]:
     return [] if model is None else mlx_config.not_computed(model, checkpoint.config)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
+    """What is known of a target before units are cut: what is stored of each tensor, and under which name.
+
+    `imatrix` is the importance matrix by which a GGUF is quantized, `notes` say what it lacks.
+    """
 
     target: Target
     checkpoint: Checkpoint  # as its config is for the target
     decisions: tuple[Decision, ...]
     placed: tuple[Placed, ...]
-    imatrix: ImportanceMatrix | None
-    notes: tuple[str, ...]
+    imatrix: ImportanceMatrix | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decoded: bool) -> Draft:
@@ -115,7 +118,8 @@ def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decod
         sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources), kept_dtype=dtype
     )
     decisions = cast_kept(decisions, dtype)
-    return _weighed(Draft(target, checkpoint, decisions, target.layout.place(checkpoint, decisions), None, ()))
+    placed = target.layout.place(checkpoint, decisions)
+    return _weighed(Draft(target=target, checkpoint=checkpoint, decisions=decisions, placed=placed))
 
 
 def _weighed(draft: Draft) -> Draft:

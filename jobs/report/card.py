@@ -89,7 +89,8 @@ def _made_from(report: Report, target: TargetPlan) -> Iterator[str]:
     if (imatrix := report.imatrix) is not None:
         over = f", made over {counted(imatrix.chunks, 'chunk')} of text" if imatrix.chunks else ""
         yield (
-            f"- the importance matrix {code(Address.of(imatrix.path).name)} ({counted(imatrix.entries, 'tensor')}{over})"
+            f"- the importance matrix {code(Address.of(imatrix.path).name)}"
+            f" ({counted(imatrix.entries, 'tensor')}{over})"
             f" decided about errors of {counted(imatrix.tensors, 'tensor')}: xxh3-128 {code(imatrix.xxh3)}"
         )
     if report.job["transform"].get("num_blocks"):

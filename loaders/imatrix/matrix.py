@@ -1,8 +1,8 @@
 """An importance matrix of llama.cpp: for each tensor of a model, how much each of its input channels counts.
 
 It holds sums of squares of a linear layer's inputs, by channel, and of a stack of experts by expert, with the number of
-tokens (or calls) that they were taken over. A driver reads names, counts and places of a file, and checks its numbers; a
-worker reads the numbers of the tensors that it encodes.
+tokens (or calls) that they were taken over. A driver reads names, counts and places of a file, and checks its numbers;
+a worker reads the numbers of the tensors that it encodes.
 
 Source: llama.cpp, common/imatrix-loader.cpp, and load_imatrix in tools/quantize/quantize.cpp.
 """

@@ -108,7 +108,7 @@ def _sums(files: PinnedFiles, name: str, specs: Mapping[str, WeightSpec]) -> Sum
 
 
 def _legacy(data: IO[bytes], size: int) -> tuple[dict[str, Sums], tuple[str, ...], int]:
-    """Read int32 counts and lengths, each entry's name, calls and numbers, then the number of chunks and the dataset."""
+    """Read each entry's name, calls and numbers, then the number of chunks and the dataset; lengths are int32."""
     data.seek(0)
     entries, sums = _int32(data, size), dict[str, Sums]()
     if not 0 < entries <= MOST_TENSORS:
@@ -124,8 +124,8 @@ def _legacy(data: IO[bytes], size: int) -> tuple[dict[str, Sums], tuple[str, ...
         at = data.tell()
         if numbers < 1 or 4 * numbers > size - at:
             raise BadCheckpoint(
-                f"{shown(name)} has {numbers} numbers, and the file {size - at} bytes from there on; truncated? fetch it"
-                " again"
+                f"{shown(name)} has {numbers} numbers, and the file {size - at} bytes from there on; truncated? fetch"
+                " it again"
             )
         if name in sums:
             raise BadCheckpoint(f"{name} appears twice")

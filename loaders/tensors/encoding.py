@@ -32,8 +32,8 @@ class Encoding:
     """The way in which a logical tensor is stored.
 
     `action` is "quantize", "cast" or "keep". `cast` is the dtype to which weights are cast before the scheme gets them,
-    as the engine's own tools do. `order` is the engine's order of rows, if it differs from the tensor's. `importance` is
-    where the importances of its input channels lie, for a scheme that goes by them.
+    as the engine's own tools do. `order` is the engine's order of rows, if it differs from the tensor's. `importance`
+    is where the importances of its input channels lie, for a scheme that goes by them.
     """
 
     tensor: LogicalTensor

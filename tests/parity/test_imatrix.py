@@ -1,8 +1,9 @@
 """Held against llama.cpp: blocks and whole models that are quantized by an importance matrix.
 
-llama.cpp comes as llama-cpp-python, whose llama_model_quantize is given importances. What llama-quantize itself makes of
-a file, counts of zero among it, is judged where WEIGHTMILL_LLAMA_QUANTIZE names its program: built from llama.cpp's
-sources of that version (cmake -DLLAMA_BUILD_TOOLS=ON -DGGML_NATIVE=OFF, target llama-quantize), since no wheel has it.
+llama.cpp comes as llama-cpp-python, whose llama_model_quantize is given importances. What llama-quantize itself makes
+of a file, counts of zero among it, is judged where WEIGHTMILL_LLAMA_QUANTIZE names its program, which no wheel has: it
+is built from llama.cpp's sources of that version (cmake -DLLAMA_BUILD_TOOLS=ON -DGGML_NATIVE=OFF, target
+llama-quantize).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from loaders.quantization.kernels.ggml.weighted import encode_weighted
 from loaders.quantization.schemes.ggml import WEIGHTED
 from tests.imatrices import importances_of, sums_of, write_dat, write_gguf
 from tests.llama_log import errors, listening
-from tests.parity.test_llama_cpp import FILE_TYPES, MODELS, awkward, llama_cpp, made, metadata_of, sources, tensors_of
+from tests.parity.test_llama_cpp import FILE_TYPES, awkward, llama_cpp, made, metadata_of, sources, tensors_of
 
 __all__ = ["sources"]  # a fixture
 pytestmark = pytest.mark.engine
@@ -96,8 +97,8 @@ CASES = [
 ALL = [
     (model, file_type, kind)
     for model in ("llama untied", "llama odd", "mixtral", "qwen3 moe")
-    for file_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M",
-                      "Q5_K_S", "Q5_K_M", "Q6_K")
+    for file_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S",
+                      "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
     for kind in ("full", "partial", "zeroed", "unseen")
     if not (file_type == "Q2_K_S" and kind == "partial")
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The importances of a GGUF's tensors: what an importance matrix holds for each, and what is missing, by cause.
 
-What is done about it is what llama-quantize does: a tensor without importances is quantized as without a matrix, channels
-of an expert that no token went through count alike, and a tensor of another size ends the job. Types of about two bits
-are refused without importances, which llama.cpp says would be garbage.
+What is done about it is what llama-quantize does: a tensor without importances is quantized as without a matrix,
+channels of an expert that no token went through count alike, and a tensor of another size ends the job. Types of about
+two bits are refused without importances, which llama.cpp says would be garbage.
 
 Source: llama.cpp, src/llama-quant.cpp: tensor_requires_imatrix, llama_model_quantize_impl.
 """
@@ -50,11 +50,11 @@ class _Missing:
 
 
 def weighed(placed: Sequence[Placed], matrix: ImportanceMatrix | None, file_type: str | None) -> Weighing:
-    """Give each tensor whose type goes by importances its own. `file_type`: the mix, in which Q2_K_S needs them for Q2_K.
+    """Give each tensor whose type goes by importances its own. `file_type` is the mix: in Q2_K_S, Q2_K needs them.
 
     Raises:
-        BadSpec: a type needs importances, and there are none; a tensor has another size than in the matrix; or the matrix
-            has none of the model's tensors.
+        BadSpec: a type needs importances, and there are none; a tensor has another size than in the matrix; or the
+            matrix has none of the model's tensors.
     """
     missing, made, found, needing = _Missing(), list[Placed](), set[str](), dict[str, str]()
     for each in placed:
@@ -74,8 +74,8 @@ def weighed(placed: Sequence[Placed], matrix: ImportanceMatrix | None, file_type
     if matrix is not None and not found and missing.tensors:
         raise BadSpec(
             f"{setting('imatrix')}: {matrix.file.entry.name} has none of this model's tensors: it has"
-            f" {_named(sorted(matrix.sums))}, and {_named(list(missing.tensors))} are to be quantized; give the importance"
-            " matrix of this model"
+            f" {_named(sorted(matrix.sums))}, and {_named(list(missing.tensors))} are to be quantized; give the"
+            " importance matrix of this model"
         )
     if needing:
         raise BadSpec(_needed(needing, matrix))
@@ -94,8 +94,8 @@ def _needed(needing: dict[str, str], matrix: ImportanceMatrix | None) -> str:
             " llama-imatrix wrote, or another quantization"
         )
     return (
-        f"{setting('imatrix')}: {who}, which llama.cpp makes by importances alone, and {matrix.file.entry.name} has none"
-        " for them; give a whole one, or another quantization"
+        f"{setting('imatrix')}: {who}, which llama.cpp makes by importances alone, and {matrix.file.entry.name} has"
+        " none for them; give a whole one, or another quantization"
     )
 
 
@@ -121,7 +121,8 @@ def _notes(matrix: ImportanceMatrix, found: set[str], missing: _Missing) -> list
     name, notes = matrix.file.entry.name, []
     if missing.tensors:
         notes.append(
-            f"{name} has nothing for {_named(list(missing.tensors))}: quantized without importances, as llama-quantize does"
+            f"{name} has nothing for {_named(list(missing.tensors))}: quantized without importances, as llama-quantize"
+            " does"
         )
     if missing.sizes:
         notes.append(f"{name}: {_named(list(missing.sizes))} has another size there: quantized without importances")

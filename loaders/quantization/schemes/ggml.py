@@ -1,8 +1,9 @@
 """ggml's tensor types, as llama.cpp stores and loads them: blocks along each row, and plain floats.
 
 Stored, by role: weight, in the dtype of the type's name (loaders/dtypes.py), of the tensor's shape. Bytes are those of
-ggml's reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and
-bfloat16 sources; with an importance matrix those of its quantizers that take one. What a block holds is described in kernels/ggml/blocks.py, mxfp4.py, k_quants.py and ternary.py.
+ggml's reference quantizers (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and bfloat16 sources; with an
+importance matrix those of its quantizers that take one. What a block holds is described in kernels/ggml/blocks.py,
+mxfp4.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c: make_q3_quants, make_qx_quants (Q6_K)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -92,22 +93,23 @@ def _add_fit(lanes: Lanes, v: Value, code: Value, sums: tuple[Value, Value]) -> 
     return [lanes.b.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
 
 
-def nearest_of(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
-    """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest."""
+def nearest_of(lanes: Lanes, v: Value, lowest: int | None, highest: int) -> Value:
+    """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest, if given."""
     if host_has("avx2"):
         nearest = lanes.call(f"llvm.rint.v{LANES}f32", KIND, v)
     else:  # without an instruction for it, LLVM would call a function for each lane
         nearest = lanes.op("fsub", lanes.op("fadd", v, MAGIC), MAGIC)
-    least, most = in_all(lanes, lowest), in_all(lanes, highest)
-    above = lanes.larger(nearest, least)
+    most = in_all(lanes, highest)
+    above = nearest if lowest is None else lanes.larger(nearest, in_all(lanes, lowest))
     return lanes.b.select(is_less(lanes, above, most), above, most)
 
 
 class _Fit:
     """Fits of a scale to blocks of n weights, by codes from -top to top - 1.
 
-    Errors count by `weights` (n, LANES), or by x^2 where that is None. `terms` is memory for a weight's importance w, and
-    for w * x, a row each. With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes are.
+    Errors count by `weights` (n, LANES), or by x^2 where that is None. `terms` is memory for a weight's importance w,
+    and for w * x, a row each. With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes
+    are.
     """
 
     def __init__(self, lanes: Lanes, x: Array, weights: Array | None, terms: Array, n: int, top: int) -> None:
@@ -125,14 +127,18 @@ class _Fit:
 
         over_rows(lanes, range(n), [], put)
 
-    def sums(self, step: Value) -> list[Value]:
-        """Return the sums of w * x * code and of w * code * code, multiplied in ggml's order; step: 1 / scale."""
+    def sums(self, step: Value, *, reaches: bool) -> list[Value]:
+        """Return the sums of w * x * code and of w * code * code, multiplied in ggml's order; step: 1 / scale.
+
+        Without `reaches` no weight is so large that it would take the step beyond -top.
+        """
         lanes, b, (x, terms) = self.lanes, self.lanes.b, self._arrays
 
         def add(at: Value, sum_lx: Value, sum_l2: Value) -> list[Value]:
             twice = lanes.op("mul", at, 2)
             w, wv = lanes.load(terms, twice, LANES), lanes.load(terms, lanes.op("add", twice, LANES), LANES)
-            code = nearest_of(lanes, b.fmul(step, lanes.load(x, at, LANES)), -self._top, self._top - 1)
+            v = b.fmul(step, lanes.load(x, at, LANES))
+            code = nearest_of(lanes, v, -self._top if reaches else None, self._top - 1)
             return [b.fadd(sum_lx, b.fmul(wv, code)), b.fadd(sum_l2, b.fmul(b.fmul(w, code), code))]
 
         return over_rows(lanes, range(self._n), [in_all(lanes, 0)] * 2, add)
@@ -151,23 +157,27 @@ def fit_scale(
     n, limit = shape
     top, size = _extreme(lanes, x, n)
     step, fit = b.fdiv(in_all(lanes, -limit), top), _Fit(lanes, x, weights, terms, n, limit)
-    sum_lx, sum_l2 = fit.sums(step)
+    sum_lx, sum_l2 = fit.sums(step, reaches=False)
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
 
-    def improve(index: Value, *best: Value) -> list[Value]:
+    def improve(index: Value, *best: Value, reaches: bool) -> list[Value]:
         """Try one more step. `best` is a scale, the measure of its fit (scale * sum_lx), and 1 / scale for codes."""
         k = b.sub(lanes.op("sub", index, 9), b.sext(b.icmp_signed(">=", index, ir.Constant(number, 9)), number))
         reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), limit)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
-        sum_lx, sum_l2 = fit.sums(step)
+        sum_lx, sum_l2 = fit.sums(step, reaches=reaches)
         exceeds = is_less(lanes, b.fmul(best[1], sum_l2), b.fmul(sum_lx, sum_lx))
         is_better = b.and_(is_less(lanes, zero, sum_l2), exceeds)
         scale = b.fdiv(sum_lx, sum_l2)
         tried = (scale, b.fmul(scale, sum_lx), step)
         return [b.select(is_better, new, old) for new, old in zip(tried, best, strict=True)]
 
-    begun = [scale, b.fmul(scale, sum_lx), step]
-    scale, _, step = lanes.fold(ir.Constant(number, 0), ir.Constant(number, 18), 1, begun, improve)
+    best = [scale, b.fmul(scale, sum_lx), step]
+    # From k = 5 on the greatest weight may be taken to -limit - 1.
+    for first, last, reaches in ((0, 13, False), (13, 18, True)):
+        tries = ir.Constant(number, first), ir.Constant(number, last), 1
+        best = lanes.fold(*tries, best, partial(improve, reaches=reaches))
+    scale, _, step = best
     is_nothing = is_less(lanes, size, in_all(lanes, NOTHING))
 
     def put(at: Value) -> list[Value]:

@@ -1,7 +1,7 @@
 """The search for a scale and a least value: make_qkx2_quants (Q2_K, Q4_K, Q5_K), for LANES sub-blocks at once.
 
-With an importance matrix it is make_qkx3_quants, for Q4_1 and Q5_1 too: the same by other importances, and more steps. For
-why and how sub-blocks stand side by side, see kernels/ggml/search.py.
+With an importance matrix it is make_qkx3_quants, for Q4_1 and Q5_1 too: the same by other importances, and more steps.
+For why and how sub-blocks stand side by side, see kernels/ggml/search.py.
 
 Source: llama.cpp, ggml/src/ggml-quants.c, make_qkx2_quants, make_qkx3_quants.
 """
@@ -45,7 +45,8 @@ def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, kind: Kind) -> list[V
     """Store each weight's importance in `weights`; return the least and greatest weight, and two sums.
 
     The sums are those of the importances w and of w * x. By "magnitude" (Q2_K) the importance is |x|, by "mean" (Q4_K,
-    Q5_K) the sub-block's root mean square is added: av_x + fabsf(x[l]) in quantize_row_q4_K_ref. "given" ones are there.
+    Q5_K) the sub-block's root mean square is added: av_x + fabsf(x[l]) in quantize_row_q4_K_ref. "given" ones are in
+    `weights` already.
     """
     b, zero, mean = lanes.b, in_all(lanes, 0), None
     if kind == "mean":
@@ -87,7 +88,7 @@ class _Line:
         self._first_low = lanes.b.select(is_less(lanes, in_all(lanes, 0), low), in_all(lanes, 0), low)
 
     def search(self, first: float, delta: float, tries: int, scales: Array, lows: Array) -> None:
-        """Store the best of the first guess and of `tries` lines, by top + first + delta * i steps between low and high.
+        """Store the best of the first guess and of `tries` lines, by top + first + delta * i steps from low to high.
 
         `first` and `delta` are make_qkx2_quants' rmin and rdelta, and `tries` its nstep + 1.
         """

@@ -1,8 +1,8 @@
 """Encoders of Q4_0, Q4_1, Q5_0 and Q5_1 by an importance matrix, byte for byte as ggml's quantize_row_*_impl.
 
-What a block holds is described in blocks.py. A weight's error counts by the importance of its input channel times the root
-of the weight's own square and its row's mean square. Scale (and minimum) are those of a search, rounded to float16; the
-codes are the search's own. LANES blocks go through side by side.
+What a block holds is described in blocks.py. A weight's error counts by the importance of its input channel times the
+root of the weight's own square and its row's mean square. Scale (and minimum) are those of a search, rounded to
+float16; the codes are the search's own. LANES blocks go through side by side.
 
 Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_q4_0_impl to quantize_row_q5_1_impl.
 """

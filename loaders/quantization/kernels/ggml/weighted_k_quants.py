@@ -1,10 +1,11 @@
 """Encoders of ggml's K-quants by an importance matrix, byte for byte as its quantize_row_*_impl.
 
-What a super-block holds is described in k_quants.py. A weight's error counts by the importance of its input channel times
-the root of the weight's own square and the super-block's mean square (of Q3_K, Q4_K and Q5_K twice that); of Q6_K by the
-importance alone. The scales of sub-blocks are then fitted themselves, by the sums of their weights' importances.
+What a super-block holds is described in k_quants.py. A weight's error counts by the importance of its input channel
+times the root of the weight's own square and the super-block's mean square (of Q3_K, Q4_K and Q5_K twice that); of Q6_K
+by the importance alone. The scales of sub-blocks are then fitted themselves, by the sums of their weights' importances.
 
-LANES super-blocks go through together: their sub-blocks in turn, LANES at once, and then all their scales.
+LANES super-blocks go through together: their sub-blocks in turn, LANES at once, and then all their scales. Encoders
+take weights and importances as float32 (n,), n a multiple of 256, and fill blocks in, uint8.
 
 Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_q2_K_impl to quantize_row_q6_K_impl.
 """
@@ -94,7 +95,10 @@ def _put_scales_of_6_bits(steps, low_steps, d, m, lane, most, out, at, scales, l
 
 @inlined
 def _q45_k(x, importance, out, find, finish, put, size, most):  # type: ignore[no-untyped-def]
-    """Encode Q4_K or Q5_K: `find` searches a line, `finish` finds the codes again, and `put` stores a super-block's."""
+    """Encode at most LANES super-blocks of Q4_K or Q5_K.
+
+    `find` searches a line, `finish` finds the codes again, and `put` stores those of a super-block of `size` bytes.
+    """
     xt, it, codes = aligned_floats(PART), aligned_floats(32 * LANES), aligned_floats(PART)
     weights, sums, squares = aligned_floats(32 * LANES), aligned_floats(LANES), aligned_floats(LANES)
     scales, lows, lane_squares = aligned_floats(PART // 32), aligned_floats(PART // 32), aligned_floats(LANES)
@@ -161,20 +165,17 @@ def _finish_q5(x, codes, scales, lows, small):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def encode_q4_k(x, importance, out):  # type: ignore[no-untyped-def]
-    """Encode at most LANES super-blocks of Q4_K. x, importance: float32 (n,); out: uint8 (n / 256 * 144,)."""
+def _some_q4_k(x, importance, out):  # type: ignore[no-untyped-def]
     _q45_k(x, importance, out, _find_q4, _finish_q4, _put_q4, 144, np.int32(255))
 
 
 @kernel
-def encode_q5_k(x, importance, out):  # type: ignore[no-untyped-def]
-    """Encode at most LANES super-blocks of Q5_K. x, importance: float32 (n,); out: uint8 (n / 256 * 176,)."""
+def _some_q5_k(x, importance, out):  # type: ignore[no-untyped-def]
     _q45_k(x, importance, out, _find_q5, _finish_q5, _put_q5, 176, np.int32(63))
 
 
 @kernel
-def encode_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
-    """Encode at most LANES super-blocks of Q2_K. x, importance: float32 (n,); out: uint8 (n / 256 * 84,)."""
+def _some_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
     xt, it, codes = aligned_floats(PART), aligned_floats(16 * LANES), aligned_floats(PART)
     weights, sums, squares = aligned_floats(16 * LANES), aligned_floats(LANES), aligned_floats(LANES)
     scales, lows, lane_squares = aligned_floats(PART // 16), aligned_floats(PART // 16), aligned_floats(LANES)
@@ -213,8 +214,7 @@ def encode_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def encode_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
-    """Encode at most LANES super-blocks of Q3_K. x, importance: float32 (n,); out: uint8 (n / 256 * 110,)."""
+def _some_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
     xt, it, codes = aligned_floats(PART), aligned_floats(16 * LANES), aligned_floats(PART)
     weights, sums, squares = aligned_floats(16 * LANES), aligned_floats(LANES), aligned_floats(LANES)
     scales, lane_squares, terms = aligned_floats(PART // 16), aligned_floats(LANES), aligned_floats(32 * LANES)
@@ -255,7 +255,6 @@ def encode_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_q6_k(x, importance, out):  # type: ignore[no-untyped-def]
-    """Encode at most LANES super-blocks of Q6_K. x, importance: float32 (n,); out: uint8 (n / 256 * 210,)."""
     xt, it, codes, terms = (aligned_floats(16 * LANES), aligned_floats(16 * LANES), aligned_floats(16 * LANES),
                             aligned_floats(32 * LANES))  # fmt: skip
     scales, lows, are_nothing = aligned_floats(LANES), np.zeros(LANES, F), np.empty(LANES // 16, np.bool_)
@@ -272,3 +271,31 @@ def encode_q6_k(x, importance, out):  # type: ignore[no-untyped-def]
         order(small, 16, ordered)
         for s in range(here):
             k_quants.put_q6(ordered, s * SUPER, are_nothing[s], out, (first + s) * 210)
+
+
+@inlined
+def _by_parts(x, importance, out, encode, size):  # type: ignore[no-untyped-def]
+    """Encode LANES super-blocks, of `size` bytes each, at a time."""
+    for start in range(0, x.size, PART):
+        stop = min(start + PART, x.size)
+        encode(x[start:stop], importance[start:stop], out[start // SUPER * size : stop // SUPER * size])
+
+
+@kernel
+def encode_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, importance, out, _some_q2_k, 84)
+
+
+@kernel
+def encode_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, importance, out, _some_q3_k, 110)
+
+
+@kernel
+def encode_q4_k(x, importance, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, importance, out, _some_q4_k, 144)
+
+
+@kernel
+def encode_q5_k(x, importance, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, importance, out, _some_q5_k, 176)
