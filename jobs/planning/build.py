@@ -125,9 +125,7 @@ def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decod
 def _weighed(draft: Draft) -> Draft:
     """Give each tensor of a GGUF the importances of its input channels, where the target has an importance matrix."""
     target = draft.target
-    if not isinstance(target.layout, GgufLayout):
-        if target.imatrix is not None:
-            raise BadSpec("quant.imatrix: only a GGUF is quantized by an importance matrix; leave it out")
+    if not isinstance(target.layout, GgufLayout):  # no other takes ggml's types, which alone have a matrix
         return draft
     matrix = None if target.imatrix is None else open_matrix(target.imatrix)
     found = weighed(draft.placed, matrix, target.naming.label)

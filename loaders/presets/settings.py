@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loaders.dtypes import DTYPES
-from loaders.errors import setting
+from loaders.errors import BadSpec, setting
 from loaders.presets.base import FloatName, Location, Spec
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
@@ -284,6 +284,11 @@ class GgmlQuant(Quant):
     @property
     def label(self) -> str | None:
         return self.file_type
+
+    def varied(self, settings: dict[str, Any]) -> Scheme:
+        if "imatrix" in settings:
+            raise BadSpec(f"imatrix: one importance matrix is for all tensors; give it as {setting('imatrix')}")
+        return super().varied(settings)
 
     @field_validator("file_type")
     @classmethod

@@ -9,9 +9,10 @@ Source: llama.cpp, src/llama-quant.cpp: tensor_requires_imatrix, llama_model_qua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from loaders.architectures.family import natural_key
 from loaders.errors import BadSpec, setting
 from loaders.imatrix.matrix import ImportanceMatrix, TensorImportance
 from loaders.layouts.base import Placed
@@ -74,7 +75,7 @@ def weighed(placed: Sequence[Placed], matrix: ImportanceMatrix | None, file_type
     if matrix is not None and not found and missing.tensors:
         raise BadSpec(
             f"{setting('imatrix')}: {matrix.file.entry.name} has none of this model's tensors: it has"
-            f" {_named(sorted(matrix.sums))}, and {_named(list(missing.tensors))} are to be quantized; give the"
+            f" {_named(matrix.sums)}, and {_named(missing.tensors)} are to be quantized; give the"
             " importance matrix of this model"
         )
     if needing:
@@ -87,7 +88,7 @@ def _needs(name: str, kind: str, file_type: str | None) -> bool:
 
 
 def _needed(needing: dict[str, str], matrix: ImportanceMatrix | None) -> str:
-    who = f"{_named(list(needing))} would be {', '.join(sorted({*needing.values()}))}"
+    who = f"{_named(needing)} would be {', '.join(sorted({*needing.values()}))}"
     if matrix is None:
         return (
             f"{setting('imatrix')}: {who}, which llama.cpp makes by an importance matrix alone; give the file that"
@@ -121,24 +122,24 @@ def _notes(matrix: ImportanceMatrix, found: set[str], missing: _Missing) -> list
     name, notes = matrix.file.entry.name, []
     if missing.tensors:
         notes.append(
-            f"{name} has nothing for {_named(list(missing.tensors))}: quantized without importances, as llama-quantize"
-            " does"
+            f"{name} has nothing for {_named(missing.tensors)}: quantized without importances, as llama-quantize does"
         )
     if missing.sizes:
-        notes.append(f"{name}: {_named(list(missing.sizes))} has another size there: quantized without importances")
+        notes.append(f"{name}: {_named(missing.sizes)} has another size there: quantized without importances")
     if missing.experts:
         said = [f"{each} ({unseen} of {len(matrix.sums[each].counts)})" for each, unseen in missing.experts.items()]
         notes.append(
             f"{name}: no token went through {counted(sum(missing.experts.values()), 'expert')} of {_named(said)}: their"
             " channels count alike, as for llama-quantize"
         )
-    others = sorted(matrix.sums.keys() - found - missing.sizes.keys())
+    others = matrix.sums.keys() - found - missing.sizes.keys()
     if others:
         notes.append(f"{name} has importances for {_named(others)}, which are not quantized here")
     return notes
 
 
-def _named(names: Sequence[str]) -> str:
+def _named(names: Iterable[str]) -> str:
     """Return some names, and how many more there are."""
+    names = sorted(names, key=natural_key)
     more = len(names) - FEW
     return ", ".join(names[:FEW]) + (f" and {more} more" if more > 0 else "")
