@@ -27,6 +27,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "mlx_8bit": ("mlx_int8",), "mlx_q4": ("mlx_int4",), "mlx_q8": ("mlx_int8",), "mixed_4_6": ("mlx_mixed_4_6",),
     "gguf": ("gguf_q4_k_m", "gguf"), "ggml": ("gguf_q4_k_m", "gguf"), "llama.cpp": ("gguf_q4_k_m", "gguf"),
     "q4": ("gguf_q4_k_m",), "q4_k": ("gguf_q4_k_m",), "q5": ("gguf_q5_k_m",), "q5_k": ("gguf_q5_k_m",),
+    "q2": ("gguf_q2_k",), "q3": ("gguf_q3_k_m",), "q3_k": ("gguf_q3_k_m",), "importance_matrix": ("imatrix",),
     "q6": ("gguf_q6_k",), "q8": ("gguf_q8_0",), "fp8": ("fp8_dynamic",), "float8": ("fp8_dynamic",),
     "w8a8_fp8": ("fp8_dynamic",), "w8a8_int8": ("w8a8",), "nvfp4": ("nvfp4a16", "mlx_nvfp4"), "bitnet": ("ternary",),
     "b1.58": ("ternary",), "1.58bit": ("ternary",), "1bit": ("ternary",), "tq1_0": ("gguf_tq2_0",),
@@ -85,8 +86,8 @@ MEANT: dict[str, tuple[str, ...]] = {
     "pretrained_model_name_or_path": ("name_or_path",), "output": ("head",), "force": ("overwrite",), "url": ("uri",),
     "json": ("format",), "j": ("format",), "output_format": ("format",), "outputformat": ("format",),
     "calib_data": ("calibration",), "calibration_data": ("calibration",), "calibration_dataset": ("calibration",),
-    "dataset": ("calibration", "text"), "imatrix": ("calibration",), "num_samples": ("calibration_tokens", "tokens"),
-    "max_kld": ("max_kl",), "nsamples": ("calibration_tokens", "tokens"), "ctx": ("window",), "context": ("window",),
+    "dataset": ("calibration", "text"), "imatrix": ("imatrix", "calibration"), "max_kld": ("max_kl",),
+    "num_samples": ("calibration_tokens", "tokens"), "nsamples": ("calibration_tokens", "tokens"), "ctx": ("window",), "context": ("window",),
     "seqlen": ("window",), "max_seq_length": ("window",), "n_ctx": ("window",), "pattern": ("name",),
     "regex": ("name",), "match": ("name",), "tensor": ("name",), "module": ("name",), "target": ("role", "name"),
     "targets": ("role", "name"), "type": ("role", "dtype"), "do": ("action",), "to": ("cast_to",),
@@ -102,7 +103,8 @@ CASTS = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("gptq", "awq", "autoround", "auto_round", "gptqmodel", "autoawq", "auto_gptq"), AT_4_BITS),
     **dict.fromkeys(("smoothquant", "smooth_quant"), CALIBRATED.format("w8a8 or fp8_dynamic")),
-    **dict.fromkeys(("imatrix", "dwq"), CALIBRATED.format("the plain type")),
+    "imatrix": "an importance matrix is a setting of gguf_*, such as gguf_q4_k_m: imatrix=FILE",
+    "dwq": CALIBRATED.format("the plain type"),
     **dict.fromkeys(("aqlm", "vptq", "exl2", "exl3", "higgs", "spqr", "quip", "quip#", "quark", "torchao", "quanto",
                      "eetq"), "it is neither read nor written here; hqq4, nf4, w4a16 and gguf_q4_k_m have 4 bits"),
     **dict.fromkeys(("4bit", "int4", "4", "w4", "q4bit"), "4 bits are nf4 (transformers), w4a16 (vLLM), mlx_int4"

@@ -30,7 +30,7 @@ __all__ = ["sources"]  # a fixture
 pytestmark = pytest.mark.engine
 PROGRAM = "WEIGHTMILL_LLAMA_QUANTIZE"
 
-TYPES = {**FILE_TYPES, "Q2_K_S": 21, "Q3_K_S": 11}
+TYPES = {**FILE_TYPES, "Q2_K_S": 21}
 
 
 # --- blocks
@@ -92,7 +92,7 @@ CASES = [
     ("llama untied", "Q2_K_S", "full"), ("llama untied", "Q3_K_S", "zeroed"), ("llama untied", "Q4_0", "partial"),
     ("llama odd", "Q4_K_M", "zeroed"), ("llama odd", "Q5_K_M", "full"), ("llama tied", "Q5_1", "zeroed"),
     ("mixtral", "Q3_K_L", "partial"), ("mixtral", "Q5_0", "unseen"), ("qwen3 moe", "Q6_K", "unseen"),
-    ("qwen3 moe", "Q4_K_S", "full"),
+    ("qwen3 moe", "Q4_K_S", "full"), *((m, "Q2_K_S", "full") for m in ("llama tied", "llama odd", "qwen3 moe")),
 ]  # fmt: skip
 ALL = [
     (model, file_type, kind)

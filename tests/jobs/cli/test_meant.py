@@ -46,7 +46,7 @@ def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
         ("quant=NF4", "quant: unknown choice 'NF4'; did you mean 'nf4'?"),
         ("quant=q4_k_m", "did you mean 'gguf_q4_k_m'?"),
         ("quant=Q8_0", "did you mean 'gguf_q8_0'?"),
-        ("quant=Q4_K_S", "give quant=gguf_q4_k_m quant.file_type=Q4_K_S"),
+        ("quant=MXFP4_MOE", "give quant=gguf_q4_k_m quant.file_type=MXFP4_MOE"),
         ("quant=gptq", "read here and not written; w4a16"),
         ("quant=AWQ", "read here and not written; w4a16"),
         ("quant=IQ4_XS", "needs calibration data"),
@@ -181,7 +181,7 @@ def test_a_near_miss_says_what_to_type(line: str, said: str) -> None:
         ("--outtype q8_0", "give quant=gguf_q8_0"),
         ("--allow-requantize", "leave it out"),
         ("--pure", "give quant.pure=true"),
-        ("--imatrix x.dat", "give quant.calibration=x.dat"),
+        ("--imatrix x.dat", "give quant.imatrix=x.dat"),
         ("--output-tensor-type q6_K", "give quant.output_type=q6_K"),
         ("--leave-output-tensor", "role: head, action: keep"),
         # AutoAWQ, AutoGPTQ, llm-compressor, transformers
