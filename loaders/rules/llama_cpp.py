@@ -36,13 +36,15 @@ MIXES = {
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
     "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K",
     "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "TQ1_0": "TQ1_0",
-    "TQ2_0": "TQ2_0", "MXFP4_MOE": "MXFP4",
+    "TQ2_0": "TQ2_0", "MXFP4_MOE": "MXFP4", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
 }  # fmt: skip
 # type -> the type instead where its blocks do not divide rows; float16 where those of the second do not either
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
-            "Q6_K": "Q8_0"}  # fmt: skip
+            "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0")
-GUARDED = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}  # mix -> the type of its first ffn_down with an importance matrix
+# mix -> the type of its first ffn_down with an importance matrix, and without one
+BY_MATRIX = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+WITHOUT_MATRIX = {"IQ4_NL": "Q5_K", "IQ4_XS": "Q5_K"}
 # A tensor's part in the model by its name; the first that matches counts.
 PARTS = tuple(
     (part, re.compile(pattern))
@@ -137,13 +139,11 @@ class GgmlMix:
         return self._fitting(asked or (default if self.pure else self._type(found, model)), tensor)
 
     def _type(self, tensor: _Tensor, model: _Model) -> str:
-        """Return the type of a tensor by its part in the model, and where a matrix is there, of some a larger one.
-
-        Without a matrix Q4_1 and Q5_1 would be worse there, and with one Q4_0 and Q5_0.
-        """
+        """Return the type of a tensor by its part in the model; of some it depends on whether a matrix is there."""
+        guarded = BY_MATRIX if self.has_imatrix else WITHOUT_MATRIX
         is_first = tensor.part == "ffn_down" and model.layer_of(tensor) < model.layers // 8
-        if self.has_imatrix and is_first and self.name in GUARDED:
-            return GUARDED[self.name]
+        if is_first and self.name in guarded:
+            return guarded[self.name]
         return _type(self.name, MIXES[self.name], tensor, model)
 
     def _chosen_by_role(self, tensor: LogicalTensor) -> tuple[str, str]:
@@ -328,6 +328,8 @@ def _value_type(mix: str, default: str, model: _Model, rank: int, count: int) ->
         chosen = "Q4_K" if model.queries_per_key >= 4 else "Q3_K"
     elif mix == "Q2_K_S":
         chosen = "Q4_K" if model.queries_per_key >= 4 else default
+    elif mix in ("IQ4_NL", "IQ4_XS"):
+        chosen = "Q5_K" if model.queries_per_key >= 4 else default
     elif mix == "Q3_K_M":
         chosen = "Q5_K" if rank < 2 else "Q4_K"
     elif mix == "Q3_K_L" or (mix == "Q4_K_S" and rank < 4):
@@ -370,5 +372,5 @@ def _falcon_down_type(mix: str, default: str, layer: int, layers: int) -> str:
 
 def _output_type(mix: str, default: str, experts: int) -> str:
     if experts == 8:
-        return "Q5_K" if mix in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else default
+        return "Q5_K" if mix in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS") else default
     return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, default)

@@ -118,6 +118,8 @@ MATRIX: dict[str, Row] = {
     "gguf_q3_k_s": _gguf("Q3_K_S", *MODELS, "qwen3 moe"),
     "gguf_q2_k": _gguf("Q2_K", *MODELS, "mixtral"),
     "gguf_q2_k_s": _gguf("Q2_K_S", *MODELS, "qwen3 moe", by="full"),
+    "gguf_iq4_nl": _gguf("IQ4_NL", *MODELS, "qwen3 moe"),
+    "gguf_iq4_xs": _gguf("IQ4_XS", *MODELS, "mixtral"),
     "gguf_q5_1": _gguf("Q5_1", *MODELS, "qwen3 moe"),
     "gguf_q5_0": _gguf("Q5_0", *MODELS, "mixtral"),
     "gguf_q4_1": _gguf("Q4_1", *MODELS, "qwen3 moe"),

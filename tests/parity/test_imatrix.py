@@ -92,13 +92,14 @@ CASES = [
     ("llama untied", "Q2_K_S", "full"), ("llama untied", "Q3_K_S", "zeroed"), ("llama untied", "Q4_0", "partial"),
     ("llama odd", "Q4_K_M", "zeroed"), ("llama odd", "Q5_K_M", "full"), ("llama tied", "Q5_1", "zeroed"),
     ("mixtral", "Q3_K_L", "partial"), ("mixtral", "Q5_0", "unseen"), ("qwen3 moe", "Q6_K", "unseen"),
+    ("llama untied", "IQ4_XS", "partial"), ("mixtral", "IQ4_NL", "unseen"), ("llama odd", "IQ4_XS", "zeroed"),
     ("qwen3 moe", "Q4_K_S", "full"), *((m, "Q2_K_S", "full") for m in ("llama tied", "llama odd", "qwen3 moe")),
 ]  # fmt: skip
 ALL = [
     (model, file_type, kind)
     for model in ("llama untied", "llama odd", "mixtral", "qwen3 moe")
     for file_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S",
-                      "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+                      "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
     for kind in ("full", "partial", "zeroed", "unseen")
     if not (file_type == "Q2_K_S" and kind == "partial")
 ]  # fmt: skip

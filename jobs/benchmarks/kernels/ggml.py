@@ -26,7 +26,7 @@ from loaders.quantization.schemes.ggml import Ggml
 PART = 16  # the slow types are timed on one sixteenth of the rows
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0", "MXFP4")
 IN_PART = ("Q4_K", "Q6_K", "Q3_K")
-BY_IMPORTANCE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1")
+BY_IMPORTANCE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS")
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:

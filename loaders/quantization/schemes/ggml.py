@@ -30,7 +30,10 @@ FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
 ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
 # Types whose codes an importance matrix changes.
-WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+# Types whose levels lie at unequal distances, and the share of a value by which half a gap grows: from 6 at zero to 12
+# between 89 and 113.
+LEVELS, LEVELS_SLOPE = ("IQ4_NL", "IQ4_XS"), 6 / 89
 BY_ROW = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # of these, those that weigh by the mean square of a row
 SEARCHED_ON_DEVICE = ("Q2_K", "Q4_K", "Q5_K", "Q6_K")  # those of kernels/device/k_quants.py
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
@@ -167,8 +170,8 @@ class Ggml:
 
     @property
     def _is_fitted(self) -> bool:
-        """Whether codes stay as a search for a scale had them, though the scale that is stored is another."""
-        return self.is_weighted and self.type in BY_ROW
+        """Whether codes stay as a search for a scale had them, though another is stored, or levels are uneven."""
+        return self.type in LEVELS or (self.is_weighted and self.type in BY_ROW)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """Half a step, or a whole one at the far end of Q4_0 and Q5_0, where those have one code less.
@@ -197,7 +200,8 @@ class Ggml:
         dtype, group = DTYPES[self.type], bounds.GROUPS[self.type]
         low, high, half = (np.empty((stop - start) // group, np.float32) for _ in range(3))
         bounds.grid(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), low, high, half)
-        slope = grids.SMALL + (grids.E2M1_SLOPE if self.type == "MXFP4" else 0)
+        slope = grids.SMALL + (LEVELS_SLOPE if self.type in LEVELS else 0)
+        slope += grids.E2M1_SLOPE if self.type == "MXFP4" else 0
         return Grid(group, low, high, half, slope)
 
     def compare(

@@ -49,7 +49,7 @@ def test_a_sweep_in_brackets_is_told_how_it_is_written() -> None:
         ("quant=MXFP4_MOE", "give quant=gguf_q4_k_m quant.file_type=MXFP4_MOE"),
         ("quant=gptq", "read here and not written; w4a16"),
         ("quant=AWQ", "read here and not written; w4a16"),
-        ("quant=IQ4_XS", "needs calibration data"),
+        ("quant=IQ2_XS", "needs calibration data"),
         ("quant=exl2", "neither read nor written"),
         ("quant=int4", "nf4 (transformers), w4a16 (vLLM)"),
         ("quant=bfloat16", "it is a cast: quant=none quant.dtype=bfloat16"),

@@ -24,6 +24,7 @@ GOLDENS: dict[str, str] = {
     "Q4_0": "d3ea24b54ea10bd9", "Q4_1": "6aede35d694392c4", "Q5_0": "8a8cc177e2fe59ad",
     "Q5_1": "60fa76a7a745d05d", "Q2_K": "73b443569a24ba7e", "Q3_K": "66d2bef312cb46d0",
     "Q4_K": "69cc4e663535012f", "Q5_K": "0d23cde8aaa2a705", "Q6_K": "b0a1134fc4fba785",
+    "IQ4_NL": "95d4c1a02939c721", "IQ4_XS": "60b83df39503911f",
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def is_less(lanes: Lanes, a: Value, b: Value) -> Value:
     return lanes.b.fcmp_ordered("<", a, b)
 
 
-def _extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
+def extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
     """Return the weight of greatest magnitude, the first of equals, and its magnitude."""
 
     def larger(at: Value, top: Value, size: Value) -> list[Value]:
@@ -155,7 +155,7 @@ def fit_scale(
     """
     b, zero, number = lanes.b, in_all(lanes, 0), ir.IntType(64)
     n, limit = shape
-    top, size = _extreme(lanes, x, n)
+    top, size = extreme(lanes, x, n)
     step, fit = b.fdiv(in_all(lanes, -limit), top), _Fit(lanes, x, weights, terms, n, limit)
     sum_lx, sum_l2 = fit.sums(step, reaches=False)
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
@@ -198,7 +198,7 @@ def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array)
 def begin_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> None:
     """Begin make_q3_quants(16, 4): codes from -4 to 3 by the weight of greatest magnitude, and sums of their fit."""
     b = lanes.b
-    top, size = _extreme(lanes, x, 16)
+    top, size = extreme(lanes, x, 16)
     put_row(lanes, size, state, TOP)
     step = b.fdiv(in_all(lanes, -4), top)
 

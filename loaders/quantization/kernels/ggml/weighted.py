@@ -8,15 +8,16 @@ import numpy as np
 
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.ggml import weighted_blocks, weighted_k_quants
+from loaders.quantization.kernels.ggml import iq4, weighted_blocks, weighted_k_quants
 from loaders.quantization.kernels.ggml.k_quants import to_floats
 from loaders.quantization.kernels.lanes import kernel
 
 SOME = 1 << 16  # weights that are widened to float32 at once: with their importances they stay in the cache
 # Weights, float32, and their importances into blocks
-K_QUANTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], None]] = {
+SEARCHED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], None]] = {
     "Q2_K": weighted_k_quants.encode_q2_k, "Q3_K": weighted_k_quants.encode_q3_k, "Q4_K": weighted_k_quants.encode_q4_k,
     "Q5_K": weighted_k_quants.encode_q5_k, "Q6_K": weighted_k_quants.encode_q6_k,
+    "IQ4_NL": iq4.encode_iq4_nl, "IQ4_XS": iq4.encode_iq4_xs,
 }  # fmt: skip
 # Whether a block has a minimum, and whether its codes have five bits.
 BLOCKS = {"Q4_0": (False, False), "Q4_1": (True, False), "Q5_0": (False, True), "Q5_1": (True, True)}
@@ -56,7 +57,7 @@ def encode_weighted(
         if kind in BLOCKS:
             weighted_blocks.encode(mine, weights, squares, at, columns, *BLOCKS[kind], blocks)
         else:
-            K_QUANTS[kind](mine, weights, blocks)
+            SEARCHED[kind](mine, weights, blocks)
 
 
 def _row_squares(x: np.ndarray, columns: int) -> np.ndarray:
