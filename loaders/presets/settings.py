@@ -267,7 +267,8 @@ class GgmlQuant(Quant):
     output_type: str | None = Field(description="the output projection's type, or a tied embedding's; null: likewise")
     absmean: bool = Field(description="round to -1, 0, 1 times the mean magnitude first, as BitNet; for TQ1_0, TQ2_0")
     imatrix: Location | None = Field(
-        description="the file of an importance matrix, as llama-imatrix writes it: a path, or a URL; null: without"
+        default=None,
+        description="the file of an importance matrix, as llama-imatrix writes it: a path, or a URL; null: without",
     )
 
     @property
@@ -278,7 +279,12 @@ class GgmlQuant(Quant):
     @property
     def mix(self) -> Mix | None:
         return GgmlMix(
-            self.file_type, self.pure, self.embedding_type, self.output_type, self.absmean, self.imatrix is not None
+            name=self.file_type,
+            pure=self.pure,
+            embedding=self.embedding_type,
+            output=self.output_type,
+            absmean=self.absmean,
+            has_imatrix=self.imatrix is not None,
         )
 
     @property

@@ -71,7 +71,7 @@ KEPT_ROLES = ("norm", "router", "bias", "buffer", "conv", "conv1d", "other")
 LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GgmlMix:
     """A file type of llama.cpp.
 
