@@ -65,7 +65,7 @@ class TensorImportance:
         """Return the importances, float32 (matrices, columns).
 
         Raises:
-            As `Store.read`.
+            As `Store.read` and `Store.check_unchanged`.
         """
         found = _importances(self.file, self.file.address, self.sums)
         return found.reshape(-1, self.columns)[self.first : self.first + self.matrices]
@@ -73,7 +73,9 @@ class TensorImportance:
 
 @lru_cache(maxsize=KEPT)
 def _importances(file: MatrixFile, folder: Address, sums: Sums) -> np.ndarray:
-    raw = open_store(folder).read(file.entry, sums.offset, sums.offset + 4 * sums.numbers)
+    store = open_store(folder)
+    raw = store.read(file.entry, sums.offset, sums.offset + 4 * sums.numbers)
+    store.check_unchanged(file.entry)
     found = np.frombuffer(raw, "<f4").reshape(len(sums.counts), -1)
     counts = np.array(sums.counts, np.float32)[:, None]
     made = np.ones(found.shape, np.float32)

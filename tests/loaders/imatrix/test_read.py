@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,11 @@ from loaders.containers import gguf
 from loaders.errors import BadCheckpoint, BadSpec, MissingFile
 from loaders.imatrix import read
 from loaders.imatrix.read import open_matrix
+from loaders.loading.load import load_weights
+from loaders.places import DEMO
+from loaders.presets.catalog import preset
 from loaders.storage.hashes import digest
+from tests import object_servers
 from tests.imatrices import METADATA, importances_of, write_dat, write_gguf
 
 pytestmark = pytest.mark.quick
@@ -75,6 +80,29 @@ def test_the_metadata_is_llama_quantizes(tmp_path: Path) -> None:
         "quantize.imatrix.file",
         "quantize.imatrix.entries_count",
     ]
+
+
+def test_a_file_that_changes_between_planning_and_encoding_is_noticed(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", SUMS)
+    importance = open_matrix(path).of("blk.0.attn_q.weight", 64, 1)
+    write_gguf(path, changed(values=3))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(BadCheckpoint, match="m.gguf"):
+        importance.read()
+
+
+def test_a_url_is_read(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", SUMS)
+    with object_servers.http(tmp_path) as (address, _):
+        matrix = open_matrix(address / "m.gguf")
+        assert matrix.file.digest == digest_128(path)
+        found = matrix.of("blk.0.ffn_up_exps.weight", 32, 4).read()
+    assert np.array_equal(found, importances_of(ROUNDED)["blk.0.ffn_up_exps.weight"])
+
+
+def test_weights_are_loaded_without_one(tmp_path: Path) -> None:
+    with pytest.raises(BadSpec, match="imatrix: an importance matrix names the tensors of a GGUF, which only a job"):
+        load_weights(DEMO, preset("gguf_q4_k_m", imatrix=str(tmp_path / "m.gguf")))
 
 
 def test_another_size_is_refused_and_named(tmp_path: Path) -> None:
