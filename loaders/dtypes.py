@@ -97,15 +97,14 @@ DTYPES = {
 GGML_BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "MXFP4": (32, 17),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
-    "TQ1_0": (256, 54), "TQ2_0": (256, 66),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 
 
 # Block formats that are only read: their codes come from calibration or training, or their scales are tensors apart.
 GGML_READ_BLOCKS = {
     "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
-    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "NVFP4": (64, 36),
-    "Q1_0": (128, 18), "Q2_0": (64, 18),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "NVFP4": (64, 36), "Q1_0": (128, 18), "Q2_0": (64, 18),
 }  # fmt: skip
 
 

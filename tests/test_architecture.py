@@ -41,7 +41,7 @@ layouts presets
 rules
 tensors
 strategies
-checkpoints backends
+checkpoints backends imatrix
 architectures containers quantization
 specs stats clock progress
 storage dtypes

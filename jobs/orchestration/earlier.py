@@ -14,7 +14,7 @@ from jobs.output.publish import is_published
 from jobs.output.report import Report, read_report
 from jobs.planning.plan import Plan
 from jobs.planning.targets import TARGET
-from jobs.report.document import adapter_of
+from jobs.report.document import adapter_of, imatrix_of
 from jobs.spec.job import JobSpec
 from jobs.spec.names import PLACE
 from jobs.verification.logits import asked, faults_of
@@ -112,6 +112,9 @@ def _changed_source(report: Report, plan: Plan) -> Iterator[str]:
     adapter, recorded = adapter_of(plan), report.adapter
     if adapter is not None and recorded is not None and adapter.xxh3 != recorded.xxh3:
         yield f"{adapter.path}/{adapter.name}, which is merged into it, has other bytes"
+    imatrix, measured = imatrix_of(plan.targets[TARGET]), report.imatrix
+    if imatrix is not None and measured is not None and imatrix.xxh3 != measured.xxh3:
+        yield f"{imatrix.path}, the importance matrix, has other bytes"
 
 
 def _lost_files(report: Report, journal: Journal) -> Iterator[str]:

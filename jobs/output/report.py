@@ -56,6 +56,18 @@ class ReportedAdapter(Part):
     tensors: int  # of the source, that it changed
 
 
+class ReportedImatrix(Part):
+    """The importance matrix by which a GGUF was quantized: its file, with its xxh3-128, and what it says of itself."""
+
+    path: str
+    bytes: int
+    xxh3: str
+    entries: int
+    chunks: int  # of text that it was made over; 0 where it does not say
+    datasets: tuple[str, ...]
+    tensors: int  # that were quantized by it
+
+
 class Changed(Part):
     """The sizes and errors over the tensors that were quantized or cast."""
 
@@ -234,6 +246,7 @@ class Report(Part):
     job: dict[str, Any]
     source: ReportedSource
     adapter: ReportedAdapter | None = None
+    imatrix: ReportedImatrix | None = None
     totals: Totals
     files: tuple[WeightFile, ...]
     aux: dict[str, str]
@@ -259,7 +272,8 @@ class Report(Part):
 
     def _left_out(self) -> dict[str, Any]:
         """Return the keys that do not apply, as pydantic wants them."""
-        found: dict[str, Any] = {key: True for key in ("quality", "adapter", "damage") if getattr(self, key) is None}
+        may_lack = ("quality", "adapter", "imatrix", "damage")
+        found: dict[str, Any] = {key: True for key in may_lack if getattr(self, key) is None}
         files = {index: {"pieces"} for index, file in enumerate(self.files) if file.pieces is None}
         return {**found, "files": files} if files else found
 

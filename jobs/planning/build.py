@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -18,8 +18,11 @@ from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
+from loaders.imatrix.matrix import ImportanceMatrix
+from loaders.imatrix.read import open_matrix
 from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.diffusers import DiffusersLayout, component_of
+from loaders.layouts.gguf.importances import weighed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.mlx import MlxLayout
@@ -92,14 +95,19 @@ def _not_computed(layout: Layout, checkpoint: Checkpoint) -> list[str]:
     return [] if model is None else mlx_config.not_computed(model, checkpoint.config)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
+    """What is known of a target before units are cut: what is stored of each tensor, and under which name.
+
+    `imatrix` is the importance matrix by which a GGUF is quantized, `notes` say what it lacks.
+    """
 
     target: Target
     checkpoint: Checkpoint  # as its config is for the target
     decisions: tuple[Decision, ...]
     placed: tuple[Placed, ...]
+    imatrix: ImportanceMatrix | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decoded: bool) -> Draft:
@@ -110,12 +118,33 @@ def _draft(checkpoint: Checkpoint, sources: Sources, target: Target, *, is_decod
         sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources), kept_dtype=dtype
     )
     decisions = cast_kept(decisions, dtype)
-    return Draft(target, checkpoint, decisions, target.layout.place(checkpoint, decisions))
+    placed = target.layout.place(checkpoint, decisions)
+    return _weighed(Draft(target=target, checkpoint=checkpoint, decisions=decisions, placed=placed))
+
+
+def _weighed(draft: Draft) -> Draft:
+    """Give each tensor of a GGUF the importances of its input channels, where the target has an importance matrix."""
+    target = draft.target
+    if not isinstance(target.layout, GgufLayout):  # no other takes ggml's types, which alone have a matrix
+        return draft
+    matrix = None if target.imatrix is None else open_matrix(target.imatrix)
+    found = weighed(draft.placed, matrix, target.naming.label)
+    schemes = {each.tensor.name: each.encoding.scheme for each in found.placed if each.encoding.importance is not None}
+    decisions = tuple(
+        replace(each, encoding=replace(each.encoding, scheme=schemes[each.tensor.name]))
+        if each.encoding is not None and each.tensor.name in schemes
+        else each
+        for each in draft.decisions
+    )
+    if matrix is not None:
+        target = replace(target, naming=replace(target.naming, metadata=matrix.metadata))
+    return replace(draft, target=target, decisions=decisions, placed=found.placed, imatrix=matrix, notes=found.notes)
 
 
 def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tuple[TargetPlan, list[UnitOutput]]:
     """Plan a target's files, and what each unit writes of them."""
     target, checkpoint, decisions, layout = draft.target, draft.checkpoint, draft.decisions, draft.target.layout
+    imatrix, weighing = draft.imatrix, draft.notes
     shares = _shares(draft.placed, groups)
     del draft
     per_unit, assembly = _files(target, checkpoint, shares), None
@@ -145,6 +174,7 @@ def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tup
         made = layout.configs(checkpoint, decisions, target.compute_dtype)
     notes = [
         *_larger_than_asked(target, planned),
+        *weighing,
         *lost,
         *(assembly.notes if assembly is not None else ()),
         *_not_computed(layout, checkpoint),
@@ -163,6 +193,7 @@ def _target_plan(draft: Draft, groups: Sequence[Sequence[LogicalTensor]]) -> tup
         ),
         assembly=assembly,
         made=made,
+        imatrix=imatrix,
     )
     return plan, outputs
 

@@ -18,6 +18,7 @@ from jobs.planning.work_key import fields_of, work_key
 from loaders.backends.threads import RANGE, THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.quantized_by import METHOD_FILES
+from loaders.imatrix.matrix import ImportanceMatrix
 from loaders.layouts import Assembling, Assembly
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
@@ -108,6 +109,7 @@ class TargetPlan:
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
+    imatrix: ImportanceMatrix | None = None  # by which a GGUF is quantized
     made: Mapping[str, bytes] = field(default_factory=dict)  # auxiliary files made from the source's metadata
 
     @cached_property

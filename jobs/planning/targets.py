@@ -16,7 +16,7 @@ from loaders.layouts.diffusers import check_scheme, is_of_diffusers
 from loaders.layouts.engines import wants_stacks
 from loaders.layouts.hf import HfLayout
 from loaders.presets.auto import AutoQuant
-from loaders.presets.settings import Bnb4Quant
+from loaders.presets.settings import Bnb4Quant, GgmlQuant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.next_tokens import NextTokens
@@ -46,6 +46,7 @@ class Target:
     next_tokens: NextTokens = "auto"
     kept_dtype: str = "source"  # of floats that are kept: torch's name, as they are stored, or auto
     max_shard_bytes: int | None = None  # of a weight file
+    imatrix: Address | None = None  # an importance matrix, by which a GGUF is quantized
 
     @property
     def layout(self) -> Layout:
@@ -224,4 +225,5 @@ def target_of(spec: JobSpec) -> Target:
         next_tokens=spec.mtp,
         kept_dtype="source" if is_searched else spec.output.dtype,
         max_shard_bytes=spec.output.max_shard_bytes,
+        imatrix=Address.of(spec.quant.imatrix) if isinstance(spec.quant, GgmlQuant) and spec.quant.imatrix else None,
     )  # fmt: skip

@@ -86,6 +86,13 @@ def _made_from(report: Report, target: TargetPlan) -> Iterator[str]:
             f"- the adapter {code(name)} is merged into {counted(report.adapter.tensors, 'tensor')}:"
             f" {code(report.adapter.name)}, xxh3-128 {code(report.adapter.xxh3)}"
         )
+    if (imatrix := report.imatrix) is not None:
+        over = f", made over {counted(imatrix.chunks, 'chunk')} of text" if imatrix.chunks else ""
+        yield (
+            f"- the importance matrix {code(Address.of(imatrix.path).name)}"
+            f" ({counted(imatrix.entries, 'tensor')}{over})"
+            f" decided about errors of {counted(imatrix.tensors, 'tensor')}: xxh3-128 {code(imatrix.xxh3)}"
+        )
     if report.job["transform"].get("num_blocks"):
         yield f"- {report.job['transform']['num_blocks']} decoder blocks were added, which change nothing until trained"
     for pair in report.tied:
@@ -196,6 +203,8 @@ def _warnings(report: Report) -> Iterator[str]:
     names = {report.source.path: origin_of(report).name}
     if report.adapter is not None:
         names[report.adapter.path] = Address.of(report.adapter.path).name
+    if report.imatrix is not None:
+        names[report.imatrix.path] = Address.of(report.imatrix.path).name
     for warning in report.warnings[:MOST_WARNINGS]:
         said = warning.replace(HERE, "")
         for path, name in names.items():

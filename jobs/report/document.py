@@ -14,6 +14,7 @@ from jobs.output.report import (
     NamedFile,
     Report,
     ReportedAdapter,
+    ReportedImatrix,
     ReportedSource,
     ReportedTensor,
     RunReport,
@@ -26,6 +27,7 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.spec.job import JobSpec
 from loaders.lint import Finding
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.storage.base import Entry
 from loaders.storage.hashes import hash_stored
 
@@ -52,6 +54,7 @@ def make_report(
         job=job_document(spec),
         source=source_of(plan),
         adapter=adapter_of(plan),
+        imatrix=imatrix_of(target),
         totals=totals,
         files=completed.weights,
         aux=dict(sorted(completed.aux.items())),
@@ -121,6 +124,21 @@ def adapter_of(plan: Plan) -> ReportedAdapter | None:
         bytes=file.entry.size,
         xxh3=file.digest,
         tensors=sum(tensor.merge is not None for tensor in plan.sources.tensors),
+    )
+
+
+def imatrix_of(target: TargetPlan) -> ReportedImatrix | None:
+    """Describe the importance matrix by which a target is quantized, if there is one."""
+    if (matrix := target.imatrix) is None:
+        return None
+    return ReportedImatrix(
+        path=str(matrix.file.address / matrix.file.entry.name),
+        bytes=matrix.file.entry.size,
+        xxh3=matrix.file.digest,
+        entries=len(matrix.sums),
+        chunks=matrix.chunks,
+        datasets=matrix.datasets,
+        tensors=sum(isinstance(d.scheme, Ggml) and d.scheme.is_weighted for d in target.decisions),
     )
 
 

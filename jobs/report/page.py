@@ -80,6 +80,8 @@ def _warnings(report: Report, origin: Origin) -> Iterator[str]:
     names = {report.source.path: origin.name}
     if report.adapter is not None:
         names[report.adapter.path] = Address.of(report.adapter.path).name
+    if report.imatrix is not None:
+        names[report.imatrix.path] = Address.of(report.imatrix.path).name
     told = []
     for warning in report.warnings[:MOST_WARNINGS]:
         told.append(warning.replace(HERE, ""))
@@ -170,6 +172,9 @@ def _source(report: Report, origin: Origin) -> Iterator[str]:
     if (adapter := report.adapter) is not None:
         name = code(Address.of(adapter.path).name)
         rows.append(html.joined(["the adapter ", name, f" is merged into {counted(adapter.tensors, 'tensor')}"]))
+    if (imatrix := report.imatrix) is not None:
+        name, what = code(Address.of(imatrix.path).name), counted(imatrix.tensors, "tensor")
+        rows.append(html.joined(["the importance matrix ", name, f" decided about errors of {what}"]))
     rows += [html.joined([code(t.tied), " is tied to ", code(t.kept), ", and written once"]) for t in report.tied]
     rows.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield html.items(rows)

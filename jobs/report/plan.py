@@ -10,7 +10,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from jobs.planning.plan import Plan, TargetPlan
-from jobs.report.document import adapter_of, source_of
+from jobs.report.document import adapter_of, imatrix_of, source_of
 from jobs.report.tables import Table, size, table, times
 from jobs.spec.job import JobSpec
 from loaders.words import counted, in_a_line
@@ -121,10 +121,11 @@ def _tensor_table(target: TargetPlan) -> Table:
 
 def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str]) -> dict[str, Any]:
     """Describe a plan as JSON."""
-    adapter = adapter_of(plan)
+    adapter, imatrix = adapter_of(plan), imatrix_of(target)
     return {
         "status": "planned",
         **({} if adapter is None else {"adapter": adapter.model_dump(mode="json")}),
+        **({} if imatrix is None else {"imatrix": imatrix.model_dump(mode="json")}),
         "source": {
             **source_of(plan).model_dump(mode="json"),
             "parameters": plan.parameters,

@@ -15,6 +15,7 @@ QUANT = [
     "target_gb",
     "calibration",
     "chosen",
+    "imatrix",
 ]
 KEYS = {
     "checkpoint": "model.path",

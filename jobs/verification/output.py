@@ -307,6 +307,12 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
             f"transform.path: {merged.address / merged.entry.name} is not the file that was merged into the output:"
             f" expected xxh3-128 {recorded.xxh3}, found {merged.digest}"
         )
+    matrix, measured = plan.targets[TARGET].imatrix, report.imatrix
+    if matrix is not None and measured is not None and matrix.file.digest != measured.xxh3:
+        raise BadSpec(
+            f"quant.imatrix: {matrix.file.address / matrix.file.entry.name} is not the one by which the output was"
+            f" quantized: expected xxh3-128 {measured.xxh3}, found {matrix.file.digest}"
+        )
     return plan
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers.gguf import MetadataValue
 from loaders.containers.pytorch_pieces import Tail
 from loaders.rules.rule import Decision, Rule
 from loaders.specs import OutputFile, StoredTensor
@@ -121,8 +122,12 @@ class Assembling(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """A job's choices of names: the model's, the quantization's, and whether there is one file or one a unit."""
+    """A job's choices of names: the model's, the quantization's, and whether there is one file or one a unit.
+
+    `metadata` is what a GGUF says besides about how it was made.
+    """
 
     model: str
     label: str | None
     split: bool
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)

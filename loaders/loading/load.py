@@ -20,7 +20,7 @@ from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.file_lists import Given, open_weights
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
-from loaders.errors import BadSpec, VerifyFailed
+from loaders.errors import BadSpec, VerifyFailed, setting
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
 from loaders.layouts.mlx import stored_part
 from loaders.loading.cache import WeightCache
@@ -30,7 +30,7 @@ from loaders.loading.encode import MadeTensors, WantedTensor, make
 from loaders.loading.quantized_tensor import QuantizedTensor, float_dtype
 from loaders.loading.resources import shared
 from loaders.loading.statistics import Statistics
-from loaders.presets.settings import Quant
+from loaders.presets.settings import GgmlQuant, Quant
 from loaders.quantization.gate import Gate
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
@@ -200,6 +200,11 @@ class Loading:
         torch_device(config.device)
         if quant is not None and config.backend not in offered(quant.scheme):
             raise BadSpec(f"backend: {quant.name} runs on {', '.join(offered(quant.scheme))}, not on {config.backend}")
+        if isinstance(quant, GgmlQuant) and quant.imatrix is not None:
+            raise BadSpec(
+                f"{setting('imatrix')}: an importance matrix names the tensors of a GGUF, which only a job (weightmill"
+                " run) writes; leave it out"
+            )
         self._strategy: WeightLoader = strategy or loader(config.strategy)
         if self._strategy.not_for_jobs:
             raise BadSpec(f"strategy={config.strategy}: {self._strategy.not_for_jobs}")

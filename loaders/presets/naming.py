@@ -12,6 +12,7 @@ from loaders.presets.auto import AutoQuant
 from loaders.presets.catalog import preset_values
 from loaders.presets.settings import Quant
 from loaders.rules.candidates import AMONG
+from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 
 LONGEST = 48  # characters of all words: the Hub's names have 96, with the model and the preset
@@ -19,6 +20,7 @@ DTYPE_WORDS = {dtype.torch: dtype.name.lower() for dtype in DTYPES.values()}
 # Settings whose values say what they are. The name of the others stands before the value.
 BY_VALUE = ("dtype", "table", "linear_class", "preset", "mode", "recipe", "file_type", "type", "engine")
 SHORT = {"double_quant": "dq"}  # settings that are true or false
+MATRIX_SUFFIX = re.compile(r"(?:\.imatrix|\.gguf|\.dat)+$")
 # Settings with a word of their own; the value is none that is false or null.
 WORDS: Mapping[str, Callable[[Any], str]] = {
     "group_size": lambda size: f"g{size}",
@@ -27,6 +29,7 @@ WORDS: Mapping[str, Callable[[Any], str]] = {
     "target_gb": lambda size: f"{size:g}gb",
     "among": "-".join,
     "calibration": lambda text: f"by-{PurePath(text).stem}",
+    "imatrix": lambda file: f"by-{MATRIX_SUFFIX.sub('', Address.of(file).name)}",
     "calibration_tokens": lambda count: f"{count}tokens",
 }
 

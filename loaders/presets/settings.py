@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loaders.dtypes import DTYPES
-from loaders.errors import setting
-from loaders.presets.base import FloatName, Spec
+from loaders.errors import BadSpec, setting
+from loaders.presets.base import FloatName, Location, Spec
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, STORAGE_DTYPES, Bnb4
@@ -266,6 +266,10 @@ class GgmlQuant(Quant):
     embedding_type: str | None = Field(description="the embedding's type; null: as llama-quantize chooses")
     output_type: str | None = Field(description="the output projection's type, or a tied embedding's; null: likewise")
     absmean: bool = Field(description="round to -1, 0, 1 times the mean magnitude first, as BitNet; for TQ1_0, TQ2_0")
+    imatrix: Location | None = Field(
+        default=None,
+        description="the file of an importance matrix, as llama-imatrix writes it: a path, or a URL; null: without",
+    )
 
     @property
     def scheme(self) -> Scheme:
@@ -274,11 +278,23 @@ class GgmlQuant(Quant):
 
     @property
     def mix(self) -> Mix | None:
-        return GgmlMix(self.file_type, self.pure, self.embedding_type, self.output_type, self.absmean)
+        return GgmlMix(
+            name=self.file_type,
+            pure=self.pure,
+            embedding=self.embedding_type,
+            output=self.output_type,
+            absmean=self.absmean,
+            has_imatrix=self.imatrix is not None,
+        )
 
     @property
     def label(self) -> str | None:
         return self.file_type
+
+    def varied(self, settings: dict[str, Any]) -> Scheme:
+        if "imatrix" in settings:
+            raise BadSpec(f"imatrix: one importance matrix is for all tensors; give it as {setting('imatrix')}")
+        return super().varied(settings)
 
     @field_validator("file_type")
     @classmethod

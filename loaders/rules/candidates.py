@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 from loaders.architectures.family import family_of
@@ -161,7 +161,8 @@ class ChosenMix:
 
 def said(scheme: Scheme) -> str:
     """Return a scheme and its settings as a few words."""
-    settings: dict[str, Any] = asdict(scheme) if is_dataclass(scheme) else {}
+    shown: list[str] = [each.name for each in fields(scheme) if each.repr] if is_dataclass(scheme) else []
+    settings = {name: getattr(scheme, name) for name in shown}
     return " ".join([scheme.kind, *(f"{key}={value}" for key, value in settings.items() if value is not False)])
 
 

@@ -1,7 +1,7 @@
 """llama.cpp's mixes: the type of each tensor when a whole model is quantized to, say, Q4_K_M.
 
-A mix is a function over the whole list of tensors. It decides as llama-quantize does without an importance matrix: by a
-tensor's part in the model, its layer, the number of experts, and the blocks that divide its rows.
+A mix is a function over the whole list of tensors. It decides as llama-quantize does: by a tensor's part in the model,
+its layer, the number of experts, the blocks that divide its rows, and whether there is an importance matrix.
 
 Source: llama.cpp 0.5 (as in llama-cpp-python 0.3.36), src/llama-quant.cpp: llama_tensor_get_type and what it calls.
 """
@@ -34,14 +34,17 @@ from loaders.tensors.repacked import holds_mxfp4
 # mix (llama.cpp: file type) -> the type of most of its tensors
 MIXES = {
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
-    "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
-    "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "TQ1_0": "TQ1_0", "TQ2_0": "TQ2_0",
-    "MXFP4_MOE": "MXFP4",
+    "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K",
+    "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "TQ1_0": "TQ1_0",
+    "TQ2_0": "TQ2_0", "MXFP4_MOE": "MXFP4", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
 }  # fmt: skip
 # type -> the type instead where its blocks do not divide rows; float16 where those of the second do not either
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
-            "Q6_K": "Q8_0"}  # fmt: skip
+            "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0")
+# mix -> the type of its first ffn_down with an importance matrix, and without one
+BY_MATRIX = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+WITHOUT_MATRIX = {"IQ4_NL": "Q5_K", "IQ4_XS": "Q5_K"}
 # A tensor's part in the model by its name; the first that matches counts.
 PARTS = tuple(
     (part, re.compile(pattern))
@@ -68,13 +71,14 @@ KEPT_ROLES = ("norm", "router", "bias", "buffer", "conv", "conv1d", "other")
 LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GgmlMix:
     """A file type of llama.cpp.
 
     pure: every matrix gets the mix's main type, except where its blocks do not divide rows (llama-quantize --pure).
     embedding, output: types for the embedding and the output projection (--token-embedding-type, --output-tensor-type);
     a tied embedding without one takes that of the output projection. absmean: ternary types round as BitNet does.
+    has_imatrix: an importance matrix is used, whatever it holds.
     """
 
     name: str
@@ -82,6 +86,7 @@ class GgmlMix:
     embedding: str | None = None
     output: str | None = None
     absmean: bool = False
+    has_imatrix: bool = False
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """Return rules for all tensors by name, one for each type and reason.
@@ -131,7 +136,15 @@ class GgmlMix:
         if default in FLOATS or not model.architecture.is_quantized(found.name, found.shape):
             return "keep", "llama.cpp keeps vectors, norms and routers"
         asked = self._asked(found, model)
-        return self._fitting(asked or (default if self.pure else _type(self.name, default, found, model)), tensor)
+        return self._fitting(asked or (default if self.pure else self._type(found, model)), tensor)
+
+    def _type(self, tensor: _Tensor, model: _Model) -> str:
+        """Return the type of a tensor by its part in the model; of some it depends on whether a matrix is there."""
+        guarded = BY_MATRIX if self.has_imatrix else WITHOUT_MATRIX
+        is_first = tensor.part == "ffn_down" and model.layer_of(tensor) < model.layers // 8
+        if is_first and self.name in guarded:
+            return guarded[self.name]
+        return _type(self.name, MIXES[self.name], tensor, model)
 
     def _chosen_by_role(self, tensor: LogicalTensor) -> tuple[str, str]:
         default = MIXES[self.name]
@@ -313,6 +326,10 @@ def _value_type(mix: str, default: str, model: _Model, rank: int, count: int) ->
     chosen = default
     if mix == "Q2_K":
         chosen = "Q4_K" if model.queries_per_key >= 4 else "Q3_K"
+    elif mix == "Q2_K_S":
+        chosen = "Q4_K" if model.queries_per_key >= 4 else default
+    elif mix in ("IQ4_NL", "IQ4_XS"):
+        chosen = "Q5_K" if model.queries_per_key >= 4 else default
     elif mix == "Q3_K_M":
         chosen = "Q5_K" if rank < 2 else "Q4_K"
     elif mix == "Q3_K_L" or (mix == "Q4_K_S" and rank < 4):
@@ -327,6 +344,8 @@ def _value_type(mix: str, default: str, model: _Model, rank: int, count: int) ->
 def _down_type(mix: str, default: str, layer: int, layers: int) -> str:
     if mix == "Q2_K":
         return "Q3_K"
+    if mix == "Q2_K_S":
+        return "Q4_K" if layer < layers // 8 else default
     if mix == "Q3_K_M":
         return "Q5_K" if layer < layers // 16 else "Q4_K"
     if mix == "Q3_K_L" or (mix == "Q4_K_S" and layer < layers // 8):
@@ -339,6 +358,8 @@ def _down_type(mix: str, default: str, layer: int, layers: int) -> str:
 def _falcon_down_type(mix: str, default: str, layer: int, layers: int) -> str:
     if mix == "Q2_K":
         return "Q3_K"
+    if mix == "Q2_K_S":
+        return "Q4_K" if layer < layers // 8 else default
     is_first = layer < layers // 16
     if mix == "Q3_K_M":
         return "Q5_K" if is_first else "Q4_K" if _more_bits(layer, layers) else "Q3_K"
@@ -351,5 +372,5 @@ def _falcon_down_type(mix: str, default: str, layer: int, layers: int) -> str:
 
 def _output_type(mix: str, default: str, experts: int) -> str:
     if experts == 8:
-        return "Q5_K" if mix in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else default
+        return "Q5_K" if mix in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS") else default
     return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, default)

@@ -121,7 +121,7 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 def _is_at(path: Path, file: IO[str]) -> bool:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False
 

@@ -7,11 +7,12 @@ what is measured is what is written, and what is loaded is what a job would have
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loaders.clock import Clock
 from loaders.dtypes import DTYPES, DType
+from loaders.imatrix.matrix import TensorImportance
 from loaders.quantization.fused_group import FusedGroups
 from loaders.quantization.scheme import Scheme, Sharing, Sink, Stored, View, Work, fits, stored_specs
 from loaders.quantization.schemes.ggml import Ggml
@@ -31,7 +32,8 @@ class Encoding:
     """The way in which a logical tensor is stored.
 
     `action` is "quantize", "cast" or "keep". `cast` is the dtype to which weights are cast before the scheme gets them,
-    as the engine's own tools do. `order` is the engine's order of rows, if it differs from the tensor's.
+    as the engine's own tools do. `order` is the engine's order of rows, if it differs from the tensor's. `importance`
+    is where the importances of its input channels lie, for a scheme that goes by them.
     """
 
     tensor: LogicalTensor
@@ -39,6 +41,7 @@ class Encoding:
     scheme: Scheme
     cast: DType | None = None
     order: RowOrder | None = None
+    importance: TensorImportance | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -138,8 +141,12 @@ class TensorEncoder:
         return encoded_view(self.numbers(encoding), encoding.cast)
 
     def _scheme(self, encoding: Encoding) -> Scheme:
-        """Return the scheme, completed by what it shares over the tensor's fused group."""
+        """Return the scheme, completed by the tensor's importances, or by what it shares over its fused group."""
         tensor, scheme = encoding.tensor, encoding.scheme
+        if encoding.importance is not None:
+            assert isinstance(scheme, Ggml), scheme
+            with self._clock.phase("read"):
+                return replace(scheme, importance=encoding.importance.read())
         if not fits(scheme, Sharing):
             return scheme
         partners = self._partners.get(tensor.group or "", [encoding])

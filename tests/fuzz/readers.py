@@ -1,5 +1,5 @@
 """All readers, by name."""
 
-from tests.fuzz import own, pickled, tokenizers, weights
+from tests.fuzz import imatrix, own, pickled, tokenizers, weights
 
-READERS = {**weights.READERS, **pickled.READERS, **tokenizers.READERS, **own.READERS}
+READERS = {**weights.READERS, **pickled.READERS, **tokenizers.READERS, **own.READERS, **imatrix.READERS}

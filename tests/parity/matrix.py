@@ -36,6 +36,7 @@ MLX = "test_mlx::test_the_checkpoint_is_that_of_mlx_lm"
 COMPRESSED = "test_compressed_tensors::test_the_checkpoint_is_that_of_compressed_tensors_and_loads"
 COMPRESSED_REFUSED = "test_compressed_tensors::test_what_a_scheme_or_its_engine_cannot_hold_is_refused_in_the_plan"
 LLAMA_CPP = "test_llama_cpp::test_a_model_is_quantized_as_llama_cpp_quantizes_it"
+BY_IMPORTANCES = "test_imatrix::test_a_model_is_quantized_by_importances_as_llama_cpp_does"
 TERNARY = "test_bitnet::test_the_engine_loads_and_runs_it"
 AGGRESSIVE = "test_llama_cpp::test_llama_cpp_runs_bitnets_rounding"
 PLAIN = "test_plain::test_transformers_computes_the_same_from_a_cast_copy"
@@ -69,8 +70,10 @@ def _compressed(preset: str, *, odd: bool, mixture: bool) -> Row:
     )
 
 
-def _gguf(file_type: str, tied: str, untied: str, odd: str, mixture: str) -> Row:
-    models = (Cell("judged", LLAMA_CPP, {"model": m, "file_type": file_type}) for m in (tied, untied, odd, mixture))
+def _gguf(file_type: str, tied: str, untied: str, odd: str, mixture: str, by: str | None = None) -> Row:
+    """Return the cells of a file type; `by` is the kind of importance matrix that it needs."""
+    test, more = (LLAMA_CPP, {}) if by is None else (BY_IMPORTANCES, {"kind": by})
+    models = (Cell("judged", test, {"model": m, "file_type": file_type, **more}) for m in (tied, untied, odd, mixture))
     return tuple(models)  # type: ignore[return-value]
 
 
@@ -108,6 +111,18 @@ MATRIX: dict[str, Row] = {
     "gguf_q5_k_m": _gguf("Q5_K_M", *MODELS, "mixtral"),
     "gguf_q4_k_m": _gguf("Q4_K_M", *MODELS, "mixtral"),
     "gguf_q4_0": _gguf("Q4_0", *MODELS, "qwen3 moe"),
+    "gguf_q5_k_s": _gguf("Q5_K_S", *MODELS, "mixtral"),
+    "gguf_q4_k_s": _gguf("Q4_K_S", *MODELS, "qwen3 moe"),
+    "gguf_q3_k_l": _gguf("Q3_K_L", *MODELS, "mixtral"),
+    "gguf_q3_k_m": _gguf("Q3_K_M", *MODELS, "mixtral"),
+    "gguf_q3_k_s": _gguf("Q3_K_S", *MODELS, "qwen3 moe"),
+    "gguf_q2_k": _gguf("Q2_K", *MODELS, "mixtral"),
+    "gguf_q2_k_s": _gguf("Q2_K_S", *MODELS, "qwen3 moe", by="full"),
+    "gguf_iq4_nl": _gguf("IQ4_NL", *MODELS, "qwen3 moe"),
+    "gguf_iq4_xs": _gguf("IQ4_XS", *MODELS, "mixtral"),
+    "gguf_q5_1": _gguf("Q5_1", *MODELS, "qwen3 moe"),
+    "gguf_q5_0": _gguf("Q5_0", *MODELS, "mixtral"),
+    "gguf_q4_1": _gguf("Q4_1", *MODELS, "qwen3 moe"),
     "gguf_tq2_0": _gguf("TQ2_0", *MODELS, "qwen3 moe"),
     "gguf_f16": _gguf("F16", *MODELS, "qwen3 moe"),
     "gguf_bf16": _gguf("BF16", *MODELS, "qwen3 moe"),

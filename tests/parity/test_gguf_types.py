@@ -45,7 +45,7 @@ def planned(model: Path, mix: str) -> dict[str, str]:
     checkpoint, layout = open_checkpoint(str(model)), GgufLayout()
     found = tensors_of(checkpoint, decode=True, split=True)
     sources = replace(found, tensors=tuple(layout.formed(checkpoint, found.tensors)))
-    target = Target(id="gguf", scheme=Plain(), mix=GgmlMix(mix), layout_name="gguf")
+    target = Target(id="gguf", scheme=Plain(), mix=GgmlMix(name=mix), layout_name="gguf")
     decisions = decide(sources.tensors, Plain(), (), engine_rules(target, checkpoint, sources))
     placed = layout.place(checkpoint, decisions)
     return {stored.name: stored.spec.dtype.name for each in placed for stored in each.stored.values()}

@@ -33,11 +33,11 @@ transformers = pytest.importorskip("transformers")
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.engine
 
-RUN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "TQ2_0", "F16", "BF16")  # those with a preset
+RUN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "TQ2_0", "F16", "BF16")  # whose logits are compared
 IDS = [0, 17, 400, 33, 5, 902, 77, 250, 13]
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "TQ2_0": 37, "Q2_K": 10, "Q3_K_M": 12,
-              "Q5_0": 8, "Q4_1": 3, "Q5_1": 9, "Q4_K_S": 14, "Q3_K_L": 13, "Q5_K_S": 16, "TQ1_0": 36, "MXFP4_MOE": 38,
-              "F16": 1, "BF16": 32}  # fmt: skip
+              "Q3_K_S": 11, "Q5_0": 8, "Q4_1": 3, "Q5_1": 9, "Q4_K_S": 14, "Q3_K_L": 13, "Q5_K_S": 16,
+              "TQ1_0": 36, "MXFP4_MOE": 38, "IQ4_NL": 25, "IQ4_XS": 30, "F16": 1, "BF16": 32}  # fmt: skip
 
 
 # --- ggml's own quantizers
@@ -257,15 +257,20 @@ def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: A
     assert np.corrcoef(theirs.reshape(-1), ours.reshape(-1))[0, 1] > 0.99
 
 
+SMALL = ("Q2_K", "Q3_K_S", "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS")
 CASES = [
     *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "BF16", "Q2_K",
-                                    "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),
-    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M", "Q4_0", "F16", "BF16")),
-    *(("mixtral", t) for t in ("Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "Q8_0")),
-    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE", "Q4_0", "TQ2_0", "F16", "BF16")),
+                                    "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1",
+                                    "Q3_K_S", "IQ4_NL", "IQ4_XS")),
+    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M", "Q4_0", "F16", "BF16",
+                                 *SMALL)),
+    *(("mixtral", t) for t in ("Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "Q8_0", "Q5_K_S", "Q3_K_L", "Q5_0",
+                               "IQ4_XS")),
+    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE", "Q4_0", "TQ2_0", "F16", "BF16", "Q4_K_S", "Q3_K_S",
+                                 "Q5_1", "Q4_1", "IQ4_NL")),
     *((m, "Q4_K_M") for m in ("llama tied", "llama 3 rope", "qwen2 tied", "qwen3", "mistral", "demo")),
-    *(("llama tied", t) for t in ("TQ2_0", "Q4_0", "Q5_K_M", "Q6_K", "F16", "BF16")), ("qwen2 tied", "Q8_0"),
-    ("demo", "Q8_0"),
+    *(("llama tied", t) for t in ("TQ2_0", "Q4_0", "Q5_K_M", "Q6_K", "F16", "BF16", "Q3_K_M", *SMALL)),
+    ("qwen2 tied", "Q8_0"), ("demo", "Q8_0"),
 ]  # fmt: skip
 
 

@@ -123,6 +123,7 @@ class GgufLayout:
             label = "MXFP4_MOE"
         stem = f"{naming.model}-{label}"
         metadata, notes = _metadata(checkpoint, files, naming.model, None if is_copy else label)
+        metadata |= naming.metadata
         tensors = sum(len(file.slots) for file in files)
         if naming.split:
             count = len(files) + 1

@@ -1,6 +1,6 @@
 """The decoder of blocks of any of ggml's types to float32, by the project's kernels or by the gguf package.
 
-The IQ types hold indexes into lattices of up to some thousand points, which llama.cpp and its gguf package keep as
+IQ1 to IQ3 hold indexes into lattices of up to some thousand points, which llama.cpp and its gguf package keep as
 tables. They are decoded with that package, some blocks at a time; its own tests check its decoding bit for bit against
 ggml's (gguf-py/tests/test_quants.py in llama.cpp).
 """

@@ -21,7 +21,7 @@ from loaders.quantization.kernels.ggml import bounds
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.scheme import Stored
-from loaders.quantization.schemes.ggml import TYPES, Ggml
+from loaders.quantization.schemes.ggml import LEVELS, TYPES, Ggml
 from loaders.specs import TensorSpec
 from tests import reference
 from tests.encoding import DTYPE_NAMES, MemorySink, MemoryView, decode, encode, random
@@ -149,7 +149,9 @@ def measured_slowly(
     return sums
 
 
-SCHEMES = [Ggml(name) for name in TYPES] + [Ggml(name, absmean=True) for name in ("TQ1_0", "TQ2_0")]
+SCHEMES = [Ggml(name) for name in TYPES if name not in LEVELS] + [
+    Ggml(name, absmean=True) for name in ("TQ1_0", "TQ2_0")
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)

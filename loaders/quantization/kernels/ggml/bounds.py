@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.ggml import super_blocks
+from loaders.quantization.kernels.ggml.iq4_decode import half_at, iq4_xs_scale
 from loaders.quantization.kernels.ggml.super_blocks import Scales, SuperBlock
 from loaders.quantization.kernels.lanes import I16, Array, Lanes, Value, kernel, vector
 
@@ -24,6 +25,7 @@ SMALL = np.float32(2.0**-20)  # room for sixteen float32 roundings, relative
 # weights that share a grid: a sub-block of the K-quants, else a block
 GROUPS = {
     "MXFP4": 32, "Q2_K": 16, "Q3_K": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "TQ1_0": 256, "TQ2_0": 256,
+    "IQ4_NL": 32, "IQ4_XS": 32,
 }  # fmt: skip
 TERNARY = super_blocks.TQ1_0, super_blocks.TQ2_0
 
@@ -105,6 +107,33 @@ def _mxfp4(data, low, high, half):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _put_levels(scale, floor, low, high, half, g):  # type: ignore[no-untyped-def]
+    """Store the grid of a group of IQ4_NL or IQ4_XS, whose levels end at -127 and 113.
+
+    Half a gap is 6 at zero, and grows with a value as schemes.ggml.LEVELS_SLOPE says, which the scheme adds. Codes are
+    found by a scale before it is rounded, which moves the greatest code by 127 times `floor`, or 2^-11 of itself.
+    """
+    one, other = scale * np.float32(-127), scale * np.float32(113)
+    low[g], high[g] = min(one, other), max(one, other)
+    half[g] = abs(scale) * np.float32(6 + 127 * 2.0**-10) + np.float32(2 * 127) * floor
+
+
+@kernel
+def _iq4_nl(data, low, high, half):  # type: ignore[no-untyped-def]
+    for g in range(low.size):
+        _put_levels(half_at(data, g * 18), np.float32(2.0**-25), low, high, half, g)
+
+
+@kernel
+def _iq4_xs(data, low, high, half):  # type: ignore[no-untyped-def]
+    for b in range(data.size // 136):
+        for j in range(8):
+            factor = iq4_xs_scale(data, b * 136, j)
+            scale = half_at(data, b * 136) * factor
+            _put_levels(scale, abs(factor) * np.float32(2.0**-25), low, high, half, b * 8 + j)
+
+
+@kernel
 def _q2_k(data, low, high, half):  # type: ignore[no-untyped-def]
     for b in range(data.size // 84):
         _put_q2_k(data, b * 84, low, high, half, b * 16)
@@ -148,7 +177,7 @@ def _tq2_0(data, low, high, half):  # type: ignore[no-untyped-def]
 
 FILLERS = {
     "MXFP4": _mxfp4, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "TQ1_0": _tq1_0,
-    "TQ2_0": _tq2_0,
+    "TQ2_0": _tq2_0, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.ggml import fields
+from loaders.quantization.kernels.ggml import fields, iq4_decode
 from loaders.quantization.kernels.ggml import super_blocks as k
 from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
 
@@ -156,4 +156,5 @@ def mxfp4(data, out):  # type: ignore[no-untyped-def]
 DECODERS = {
     "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "MXFP4": mxfp4, "Q2_K": k.q2_k,
     "Q3_K": k.q3_k, "Q4_K": k.q4_k, "Q5_K": k.q5_k, "Q6_K": k.q6_k, "TQ1_0": k.tq1_0, "TQ2_0": k.tq2_0,
+    "IQ4_NL": iq4_decode.iq4_nl, "IQ4_XS": iq4_decode.iq4_xs,
 }  # fmt: skip

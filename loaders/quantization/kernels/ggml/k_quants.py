@@ -45,14 +45,14 @@ def to_floats(x, values):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _nearest(value):  # type: ignore[no-untyped-def]
+def nearest(value):  # type: ignore[no-untyped-def]
     """Return ggml's nearest_int, unclamped: what is beyond 2^22 comes out as the bits make it, as in ggml."""
     bits = np.float32(value + np.float32(12582912.0)).view(np.int32)
     return np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
 
 
 @kernel
-def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
+def spread(x, start, n, xt):  # type: ignore[no-untyped-def]
     """Write LANES sub-blocks of n weights from `start` on into xt (n, LANES), a lane each; zeros beyond x's end."""
     for first in range(0, LANES, 16):
         at = start + first * n
@@ -67,7 +67,7 @@ def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
 
 
 @vector(types.void)
-def _order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
+def order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
     """Transpose codes (n, LANES), uint8, into (LANES, n), so that a sub-block's codes lie together again."""
     row = ir.Constant(n.type, LANES)
 
@@ -82,7 +82,7 @@ def _order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
 
 
 @vector(types.void)
-def _merge(
+def merge(
     lanes: Lanes,
     codes: Array,
     at: Value,
@@ -137,8 +137,8 @@ def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-
     dmin = put_half(out, at + 2, under / np.float32(63))
     for j in range(8):
         k = first + j
-        s = min(np.int32(63), _nearest(up * scales[k]) & np.int32(255))
-        m = min(np.int32(63), _nearest(down * np.float32(-lows[k])) & np.int32(255))
+        s = min(np.int32(63), nearest(up * scales[k]) & np.int32(255))
+        m = min(np.int32(63), nearest(down * np.float32(-lows[k])) & np.int32(255))
         if j < 4:
             out[at + 4 + j], out[at + 8 + j] = np.uint8(s), np.uint8(m)
         else:
@@ -156,16 +156,16 @@ def _q4_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
     count = x.size // SUPER
     for first in range(0, count, EIGHTHS):
-        _spread(x, first * SUPER, 32, xt)
+        spread(x, first * SUPER, 32, xt)
         line.search_q4(xt, weights, codes, scales, lows)
         here = min(EIGHTHS, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 144)
         search.finish_q4(xt, codes, scales, lows, small)
-        _order(small, 32, ordered)
+        order(small, 32, ordered)
         for s in range(here):
             for j in range(4):
-                _merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, (first + s) * 144 + 16 + 32 * j)
+                merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, (first + s) * 144 + 16 + 32 * j)
 
 
 @kernel
@@ -176,18 +176,18 @@ def _q5_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
     count = x.size // SUPER
     for first in range(0, count, EIGHTHS):
-        _spread(x, first * SUPER, 32, xt)
+        spread(x, first * SUPER, 32, xt)
         line.search_q5(xt, weights, codes, scales, lows)
         here = min(EIGHTHS, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 176)
         search.finish_q5(xt, codes, scales, lows, small)
-        _order(small, 32, ordered)
+        order(small, 32, ordered)
         for s in range(here):
             at = (first + s) * 176
-            _merge(ordered, s * SUPER, 32, 4, 1, 8, out, at + 16)
+            merge(ordered, s * SUPER, 32, 4, 1, 8, out, at + 16)
             for j in range(4):
-                _merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, at + 48 + 32 * j)
+                merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, at + 48 + 32 * j)
 
 
 @kernel
@@ -205,10 +205,10 @@ def _scales_of_4_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-
     for j in range(16):
         k, both = first + j, np.int32(0)
         if top > 0:
-            both = _nearest(np.float32(15) / top * scales[k]) & np.int32(255)
+            both = nearest(np.float32(15) / top * scales[k]) & np.int32(255)
         if under > 0:
             low = np.float32(15) / under * np.float32(-lows[k])
-            both |= (_nearest(low) << np.int32(4)) & np.int32(255)
+            both |= (nearest(low) << np.int32(4)) & np.int32(255)
         out[at + j] = np.uint8(both)
         scales[k], lows[k] = d * np.float32(both & 15), dmin * np.float32(both >> 4)
 
@@ -220,7 +220,7 @@ def quarters(codes, first, out, at, shift):  # type: ignore[no-untyped-def]
     Byte l of a half holds its weights l, l + 32, l + 64, l + 96.
     """
     for half in range(2):
-        _merge(codes, first + 128 * half, 32, shift, 2, 4, out, at + 32 * half)
+        merge(codes, first + 128 * half, 32, shift, 2, 4, out, at + 32 * half)
 
 
 @kernel
@@ -231,13 +231,13 @@ def _q2_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
     count = x.size // SUPER
     for first in range(0, count, SIXTEENTHS):
-        _spread(x, first * SUPER, 16, xt)
+        spread(x, first * SUPER, 16, xt)
         line.search_q2(xt, weights, codes, scales, lows)
         here = min(SIXTEENTHS, count - first)
         for s in range(here):
             _scales_of_4_bits(scales, lows, s * 16, out, (first + s) * 84)
         search.finish_q2(xt, codes, scales, lows, small)
-        _order(small, 16, ordered)
+        order(small, 16, ordered)
         for s in range(here):
             quarters(ordered, s * SUPER, out, (first + s) * 84 + 16, 0)
 
@@ -266,7 +266,7 @@ def _scales_of_q3(scales, first, out, at):  # type: ignore[no-untyped-def]
     for j in range(16):
         scale = np.int32(0)
         if top != 0:
-            scale = np.int32(np.int8(_nearest(inverse * scales[first + j])))
+            scale = np.int32(np.int8(nearest(inverse * scales[first + j])))
             scale = max(np.int32(-32), min(np.int32(31), scale)) + np.int32(32)
         out[at + 96 + j % 8] |= np.uint8((scale & 15) << (4 * (j // 8)))
         out[at + 104 + j % 4] |= np.uint8((scale >> 4) << (2 * (j // 4)))
@@ -281,7 +281,7 @@ def _q3_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
     count = x.size // SUPER
     for first in range(0, count, SIXTEENTHS):
-        _spread(x, first * SUPER, 16, xt)
+        spread(x, first * SUPER, 16, xt)
         search.begin_q3(xt, codes, state)
         for _ in range(5):  # make_q3_quants goes over the weights at most five times
             if search.improve_q3(xt, codes, state) == 0:
@@ -291,15 +291,15 @@ def _q3_k(x, out):  # type: ignore[no-untyped-def]
         for s in range(here):
             _scales_of_q3(scales, s * 16, out, (first + s) * 110)
         search.finish_q3(xt, codes, scales, lows, small)
-        _order(small, 16, ordered)
+        order(small, 16, ordered)
         for s in range(here):
             at = (first + s) * 110
-            _merge(ordered, s * SUPER, 32, 2, 1, 8, out, at)
+            merge(ordered, s * SUPER, 32, 2, 1, 8, out, at)
             quarters(ordered, s * SUPER, out, at + 32, 0)
 
 
 @kernel
-def _scales_of_q6(scales, first, out, at):  # type: ignore[no-untyped-def]
+def scales_of_q6(scales, first, out, at):  # type: ignore[no-untyped-def]
     """Store d and the int8 scales of one super-block of Q6_K at `at`; return whether it is nothing but zeros.
 
     Its sub-blocks are sixteen from `first` on. The scales become what was stored.
@@ -309,10 +309,21 @@ def _scales_of_q6(scales, first, out, at):  # type: ignore[no-untyped-def]
     inverse = np.float32(0) if is_nothing else np.float32(-128) / top
     d = put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
     for j in range(16):
-        scale = min(np.int32(127), _nearest(inverse * scales[first + j]))
+        scale = min(np.int32(127), nearest(inverse * scales[first + j]))
         out[at + 192 + j] = np.uint8(scale & 255)
         scales[first + j] = d * np.float32(np.int8(scale))
     return is_nothing
+
+
+@kernel
+def put_q6(ordered, first, is_nothing, out, at):  # type: ignore[no-untyped-def]
+    """Store the codes, from `first` on, of one super-block of Q6_K at `at`; zeros where it is nothing but zeros."""
+    if is_nothing:
+        out[at : at + 192] = 0
+        return
+    for part in range(4):  # each half of the weights fills bytes 0 to 31 and 32 to 63 of its low nibbles
+        merge(ordered, first + part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
+    quarters(ordered, first, out, at + 128, 4)
 
 
 @kernel
@@ -324,21 +335,15 @@ def _q6_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
     count = x.size // SUPER
     for first in range(0, count, SIXTEENTHS):
-        _spread(x, first * SUPER, 16, xt)
+        spread(x, first * SUPER, 16, xt)
         search.search_q6(xt, terms, codes, scales)
         here = min(SIXTEENTHS, count - first)
         for s in range(here):
-            are_nothing[s] = _scales_of_q6(scales, s * 16, out, (first + s) * 210)
+            are_nothing[s] = scales_of_q6(scales, s * 16, out, (first + s) * 210)
         search.finish_q6(xt, codes, scales, lows, small)
-        _order(small, 16, ordered)
+        order(small, 16, ordered)
         for s in range(here):
-            at = (first + s) * 210
-            if are_nothing[s]:
-                out[at : at + 192] = 0
-                continue
-            for part in range(4):  # each half of the weights fills bytes 0 to 31 and 32 to 63 of its low nibbles
-                _merge(ordered, s * SUPER + part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
-            quarters(ordered, s * SUPER, out, at + 128, 4)
+            put_q6(ordered, s * SUPER, are_nothing[s], out, (first + s) * 210)
 
 
 @inlined

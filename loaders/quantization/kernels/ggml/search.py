@@ -13,6 +13,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c: make_q3_quants, make_qx_quants (Q6_K)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -73,7 +74,7 @@ def is_less(lanes: Lanes, a: Value, b: Value) -> Value:
     return lanes.b.fcmp_ordered("<", a, b)
 
 
-def _extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
+def extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
     """Return the weight of greatest magnitude, the first of equals, and its magnitude."""
 
     def larger(at: Value, top: Value, size: Value) -> list[Value]:
@@ -92,92 +93,112 @@ def _add_fit(lanes: Lanes, v: Value, code: Value, sums: tuple[Value, Value]) -> 
     return [lanes.b.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
 
 
-def nearest_of(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
-    """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest."""
+def nearest_of(lanes: Lanes, v: Value, lowest: int | None, highest: int) -> Value:
+    """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest, if given."""
     if host_has("avx2"):
         nearest = lanes.call(f"llvm.rint.v{LANES}f32", KIND, v)
     else:  # without an instruction for it, LLVM would call a function for each lane
         nearest = lanes.op("fsub", lanes.op("fadd", v, MAGIC), MAGIC)
-    least, most = in_all(lanes, lowest), in_all(lanes, highest)
-    above = lanes.larger(nearest, least)
+    most = in_all(lanes, highest)
+    above = nearest if lowest is None else lanes.larger(nearest, in_all(lanes, lowest))
     return lanes.b.select(is_less(lanes, above, most), above, most)
 
 
 class _Fit:
-    """Fits of a scale to sub-blocks of Q6_K, by codes from -32 to 31. `terms`: memory for x^2 and x^2 * x, a row each.
+    """Fits of a scale to blocks of n weights, by codes from -top to top - 1.
 
-    With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes are.
+    Errors count by `weights` (n, LANES), or by x^2 where that is None. `terms` is memory for a weight's importance w,
+    and for w * x, a row each. With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes
+    are.
     """
 
-    def __init__(self, lanes: Lanes, x: Array, terms: Array) -> None:
+    def __init__(self, lanes: Lanes, x: Array, weights: Array | None, terms: Array, n: int, top: int) -> None:
         self.lanes = lanes
         self._arrays = x, terms
+        self._n = n
+        self._top = top
 
         def put(at: Value) -> list[Value]:
             v = lanes.load(x, at, LANES)
-            w = lanes.b.fmul(v, v)
+            w = lanes.b.fmul(v, v) if weights is None else lanes.load(weights, at, LANES)
             lanes.store(w, terms, lanes.op("mul", at, 2))
             lanes.store(lanes.b.fmul(w, v), terms, lanes.op("add", lanes.op("mul", at, 2), LANES))
             return []
 
-        over_rows(lanes, range(16), [], put)
+        over_rows(lanes, range(n), [], put)
 
-    def sums(self, step: Value) -> list[Value]:
-        """Return the sums of x^2 * x * code and of x^2 * code * code, multiplied in ggml's order; step: 1 / scale."""
+    def sums(self, step: Value, *, reaches: bool) -> list[Value]:
+        """Return the sums of w * x * code and of w * code * code, multiplied in ggml's order; step: 1 / scale.
+
+        Without `reaches` no weight is so large that it would take the step beyond -top.
+        """
         lanes, b, (x, terms) = self.lanes, self.lanes.b, self._arrays
 
         def add(at: Value, sum_lx: Value, sum_l2: Value) -> list[Value]:
             twice = lanes.op("mul", at, 2)
             w, wv = lanes.load(terms, twice, LANES), lanes.load(terms, lanes.op("add", twice, LANES), LANES)
-            code = nearest_of(lanes, b.fmul(step, lanes.load(x, at, LANES)), -32, 31)
+            v = b.fmul(step, lanes.load(x, at, LANES))
+            code = nearest_of(lanes, v, -self._top if reaches else None, self._top - 1)
             return [b.fadd(sum_lx, b.fmul(wv, code)), b.fadd(sum_l2, b.fmul(b.fmul(w, code), code))]
 
-        return over_rows(lanes, range(16), [in_all(lanes, 0)] * 2, add)
+        return over_rows(lanes, range(self._n), [in_all(lanes, 0)] * 2, add)
 
 
-@vector(types.void)
-def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array) -> None:
-    """Search as make_qx_quants(16, 32, rmse_type 1): the first scale takes the greatest weight to -32.
+def fit_scale(
+    lanes: Lanes, x: Array, weights: Array | None, terms: Array, codes: Array, scales: Array, shape: tuple[int, int]
+) -> None:
+    """Search as make_qx_quants(n, limit, rmse_type 1), for `shape` = (n, limit).
 
-    Eighteen others take it to -32 - 0.1 * k, k from -9 to 9 without 0; the best fit by weighted least squares is kept.
-    Codes are from 0 to 63; a sub-block of nothing has scale and codes 0.
+    The first scale takes the greatest weight to -limit, eighteen others take it to -limit - 0.1 * k, k from -9 to 9
+    without 0; the best fit by weighted least squares is kept. Codes are from 0 to 2 limit - 1; a block of nothing has
+    scale and codes 0. For `weights` and `terms` see `_Fit`.
     """
     b, zero, number = lanes.b, in_all(lanes, 0), ir.IntType(64)
-    top, size = _extreme(lanes, x, 16)
-    step, fit = b.fdiv(in_all(lanes, -32), top), _Fit(lanes, x, terms)
-    sum_lx, sum_l2 = fit.sums(step)
+    n, limit = shape
+    top, size = extreme(lanes, x, n)
+    step, fit = b.fdiv(in_all(lanes, -limit), top), _Fit(lanes, x, weights, terms, n, limit)
+    sum_lx, sum_l2 = fit.sums(step, reaches=False)
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
 
-    def improve(index: Value, *best: Value) -> list[Value]:
+    def improve(index: Value, *best: Value, reaches: bool) -> list[Value]:
         """Try one more step. `best` is a scale, the measure of its fit (scale * sum_lx), and 1 / scale for codes."""
         k = b.sub(lanes.op("sub", index, 9), b.sext(b.icmp_signed(">=", index, ir.Constant(number, 9)), number))
-        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), 32)
+        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), limit)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
-        sum_lx, sum_l2 = fit.sums(step)
+        sum_lx, sum_l2 = fit.sums(step, reaches=reaches)
         exceeds = is_less(lanes, b.fmul(best[1], sum_l2), b.fmul(sum_lx, sum_lx))
         is_better = b.and_(is_less(lanes, zero, sum_l2), exceeds)
         scale = b.fdiv(sum_lx, sum_l2)
         tried = (scale, b.fmul(scale, sum_lx), step)
         return [b.select(is_better, new, old) for new, old in zip(tried, best, strict=True)]
 
-    begun = [scale, b.fmul(scale, sum_lx), step]
-    scale, _, step = lanes.fold(ir.Constant(number, 0), ir.Constant(number, 18), 1, begun, improve)
+    best = [scale, b.fmul(scale, sum_lx), step]
+    # From k = 5 on the greatest weight may be taken to -limit - 1.
+    for first, last, reaches in ((0, 13, False), (13, 18, True)):
+        tries = ir.Constant(number, first), ir.Constant(number, last), 1
+        best = lanes.fold(*tries, best, partial(improve, reaches=reaches))
+    scale, _, step = best
     is_nothing = is_less(lanes, size, in_all(lanes, NOTHING))
 
     def put(at: Value) -> list[Value]:
-        found = nearest_int(lanes, b.fmul(step, lanes.load(x, at, LANES)), -32, 31)
-        lanes.store(b.select(is_nothing, zero, lanes.op("fadd", found, 32)), codes, at)
+        found = nearest_int(lanes, b.fmul(step, lanes.load(x, at, LANES)), -limit, limit - 1)
+        lanes.store(b.select(is_nothing, zero, lanes.op("fadd", found, limit)), codes, at)
         return []
 
-    over_rows(lanes, range(16), [], put)
+    over_rows(lanes, range(n), [], put)
     put_row(lanes, b.select(is_nothing, zero, scale), scales, 0)
+
+
+@vector(types.void)
+def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array) -> None:
+    fit_scale(lanes, x, None, terms, codes, scales, (16, 32))
 
 
 @vector(types.void)
 def begin_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> None:
     """Begin make_q3_quants(16, 4): codes from -4 to 3 by the weight of greatest magnitude, and sums of their fit."""
     b = lanes.b
-    top, size = _extreme(lanes, x, 16)
+    top, size = extreme(lanes, x, 16)
     put_row(lanes, size, state, TOP)
     step = b.fdiv(in_all(lanes, -4), top)
 

@@ -1,14 +1,17 @@
-"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: make_qkx2_quants, for LANES sub-blocks at once.
+"""The search for a scale and a least value: make_qkx2_quants (Q2_K, Q4_K, Q5_K), for LANES sub-blocks at once.
 
+With an importance matrix it is make_qkx3_quants, for Q4_1 and Q5_1 too: the same by other importances, and more steps.
 For why and how sub-blocks stand side by side, see kernels/ggml/search.py.
 
-Source: llama.cpp, ggml/src/ggml-quants.c, make_qkx2_quants.
+Source: llama.cpp, ggml/src/ggml-quants.c, make_qkx2_quants, make_qkx3_quants.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 
@@ -25,6 +28,9 @@ from loaders.quantization.kernels.ggml.search import (
 )
 from loaders.quantization.kernels.lanes import F32, Array, Lanes, Value, vector
 
+Kind = Literal["magnitude", "mean", "given"]
+GIVEN = float(np.float32(-0.9)), float(np.float32(0.05)), 37  # make_qkx3_quants' rmin, rdelta and nstep + 1
+
 
 def _finite(lanes: Lanes, step: Value) -> Value:
     """Replace an infinite step by 0. A sub-block is then so narrow that all of ggml's codes come out as 0.
@@ -35,14 +41,15 @@ def _finite(lanes: Lanes, step: Value) -> Value:
     return lanes.b.select(endless, in_all(lanes, 0), step)
 
 
-def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> list[Value]:
+def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, kind: Kind) -> list[Value]:
     """Store each weight's importance in `weights`; return the least and greatest weight, and two sums.
 
-    The sums are those of the importances w and of w * x. The importance is |x|, and with `by_square` (Q4_K, Q5_K) also
-    the sub-block's root mean square: av_x + fabsf(x[l]) in quantize_row_q4_K_ref.
+    The sums are those of the importances w and of w * x. By "magnitude" (Q2_K) the importance is |x|, by "mean" (Q4_K,
+    Q5_K) the sub-block's root mean square is added: av_x + fabsf(x[l]) in quantize_row_q4_K_ref. "given" ones are in
+    `weights` already.
     """
     b, zero, mean = lanes.b, in_all(lanes, 0), None
-    if by_square:
+    if kind == "mean":
 
         def add_square(at: Value, total: Value) -> list[Value]:
             v = lanes.load(x, at, LANES)
@@ -53,6 +60,8 @@ def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> l
 
     def weigh(at: Value) -> tuple[Value, Value]:
         v = lanes.load(x, at, LANES)
+        if kind == "given":
+            return v, lanes.load(weights, at, LANES)
         w = lanes.absolute(v) if mean is None else b.fadd(mean, lanes.absolute(v))
         lanes.store(w, weights, at)
         return v, w
@@ -69,19 +78,19 @@ def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> l
 class _Line:
     """make_qkx2_quants for rows of lanes: a line x = scale * code + low through the weights, codes from 0 to `top`."""
 
-    def __init__(self, lanes: Lanes, x: Array, weights: Array, codes: Array, n: int, top: int, by_square: bool) -> None:
+    def __init__(self, lanes: Lanes, x: Array, weights: Array, codes: Array, n: int, top: int, kind: Kind) -> None:
         self.lanes = lanes
         self._arrays = x, weights, codes
         self._n = n
         self._top = top
-        self._by_square = by_square
-        low, self._high, self._sum_w, self._sum_x = _weigh(lanes, x, weights, n, by_square)
+        self._by_square = kind != "magnitude"
+        low, self._high, self._sum_w, self._sum_x = _weigh(lanes, x, weights, n, kind)
         self._first_low = lanes.b.select(is_less(lanes, in_all(lanes, 0), low), in_all(lanes, 0), low)
 
-    def search(self, first: float, tries: int, scales: Array, lows: Array) -> None:
-        """Store the best of the first guess and of `tries` lines, by top + first + 0.1 * i steps between low and high.
+    def search(self, first: float, delta: float, tries: int, scales: Array, lows: Array) -> None:
+        """Store the best of the first guess and of `tries` lines, by top + first + delta * i steps from low to high.
 
-        `first` is make_qkx2_quants' rmin, and `tries` its nstep + 1.
+        `first` and `delta` are make_qkx2_quants' rmin and rdelta, and `tries` its nstep + 1.
         """
         lanes, b, number = self.lanes, self.lanes.b, ir.IntType(64)
         step = b.fdiv(in_all(lanes, self._top), b.fsub(self._high, self._first_low))
@@ -90,7 +99,7 @@ class _Line:
         begun = [scale, self._first_low, self._misfit(scale, self._first_low), step, self._first_low]
 
         def improve(index: Value, *best: Value) -> list[Value]:
-            reach = lanes.op("fmul", b.sitofp(index, F32), TENTH)
+            reach = lanes.op("fmul", b.sitofp(index, F32), delta)
             return self._try(lanes.op("fadd", lanes.op("fadd", reach, first), self._top), list(best))
 
         # ggml keeps the codes of the best line; here its step and start are kept, and the codes made again at the end.
@@ -164,14 +173,32 @@ class _Line:
 
 @vector(types.void)
 def search_q4(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
-    _Line(lanes, x, weights, codes, 32, 15, True).search(-1, 21, scales, lows)
+    _Line(lanes, x, weights, codes, 32, 15, "mean").search(-1, TENTH, 21, scales, lows)
 
 
 @vector(types.void)
 def search_q5(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
-    _Line(lanes, x, weights, codes, 32, 31, True).search(-0.5, 16, scales, lows)
+    _Line(lanes, x, weights, codes, 32, 31, "mean").search(-0.5, TENTH, 16, scales, lows)
 
 
 @vector(types.void)
 def search_q2(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
-    _Line(lanes, x, weights, codes, 16, 3, False).search(-0.5, 16, scales, lows)
+    _Line(lanes, x, weights, codes, 16, 3, "magnitude").search(-0.5, TENTH, 16, scales, lows)
+
+
+# --- by given importances
+
+
+@vector(types.void)
+def search_16_3(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 16, 3, "given").search(*GIVEN, scales, lows)
+
+
+@vector(types.void)
+def search_32_15(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 32, 15, "given").search(*GIVEN, scales, lows)
+
+
+@vector(types.void)
+def search_32_31(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 32, 31, "given").search(*GIVEN, scales, lows)
