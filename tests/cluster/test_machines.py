@@ -79,8 +79,11 @@ def test_a_host_joins_late(case: Case) -> None:
         job = case.job()
         job.wait_for_units(2)
         for host in cluster.hosts[:2]:
-            host.limit(0.15)
+            host.limit(0.1)
         cluster.join(cluster.hosts[2])
+        job.wait_for_units(1, by=cluster.hosts[2])
+        for host in cluster.hosts[:2]:
+            host.limit(None)
         ended = case.is_done(job)
     finally:
         for host in cluster.hosts:
