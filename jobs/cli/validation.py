@@ -146,7 +146,7 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
     if not place:  # a fault of the whole model
         return str(faults[0]["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
-        return _unknown(spec, values, place, name, found)
+        return _unknown(spec, values, place, name)
     if kind == "missing":
         return f"{name}: missing"
     message = expectations(faults)
@@ -163,7 +163,7 @@ def _shown(found: Any) -> str:
     return str(found) if isinstance(found, float) and not math.isfinite(found) else json.dumps(found, default=str)
 
 
-def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], name: str, found: Any) -> str:
+def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any], name: str) -> str:
     """Say that there is no such key: where it belongs, or what was meant."""
     leaf = str(place[-1])
     known = [key for key in _fields(spec, values, place[:-1]) if key != "kind"]
@@ -175,9 +175,8 @@ def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
     kinds = [kind for model in others for kind in kinds_of(model)]
     if kinds and len(place) == 2 and (belongs := with_kind(str(place[0]), kinds)):
         here = ", ".join(known) or "none"
-        if place[0] == "quant":  # of which many have a setting and no other value of it than their own
-            taken = [each for each in belongs if _takes(others, {**choice_values("quant", each), leaf: found})]
-            belongs = taken or belongs
+        if place[0] == "quant":
+            belongs = _settable(others, belongs, leaf)
         return f"{name}: unknown key; it belongs to {place[0]}={'|'.join(belongs)}; known: {here}"
     if len(place) > 1:
         why = WITHOUT.get(plain(leaf))
@@ -189,6 +188,18 @@ def _unknown(spec: type[BaseModel], values: dict[str, Any], place: Sequence[Any]
         why = OPTIONS.get(plain(leaf)) or WITHOUT.get(plain(leaf))
         hint = f"; {why}" if why else key_hint(leaf, _taken(spec, values))
     return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+
+
+def _settable(models: Sequence[type[BaseModel]], quants: list[str], leaf: str) -> list[str]:
+    """Return the quants whose setting can be another than their own; many have a setting that is always the same."""
+    values = {name: choice_values("quant", name) for name in quants}
+    known = [each.get(leaf) for each in values.values()]
+    found = [
+        name
+        for name, own in values.items()
+        if any(value != own.get(leaf) and _takes(models, {**own, leaf: value}) for value in known)
+    ]
+    return found or quants
 
 
 def _takes(models: Sequence[type[BaseModel]], values: dict[str, Any]) -> bool:
