@@ -83,6 +83,7 @@ def run_remotely(tasks: Sequence[Task[Any]], settings: StoreSettings, every_s: f
 def _outcome(task: Task[Any], news: News, stop: threading.Event) -> Any:
     try:
         return attempt(task, news.count, stop)
+    # Whatever it is, it is the unit's outcome: Ray would pass it on as a traceback.
     except Exception as error:
         first = next(iter(str(error).splitlines()), "no message")
         return UnitFailed(task.unit.id, f"{type(error).__name__}: {first}")

@@ -193,7 +193,7 @@ def encode_iq4_xs(x, importance, out):  # type: ignore[no-untyped-def]
     is_weighted, per, count = importance.size > 0, LANES // 8, x.size // SUPER
     means = np.zeros(count + per, F)
     if is_weighted:
-        mean_squares(x, F(2), means)
+        mean_squares(x, SUPER, F(2), means)
     for first in range(0, count, per):
         spread(x, first * SUPER, N, xt)
         if is_weighted:

@@ -68,5 +68,5 @@ def _row_squares(x: np.ndarray, columns: int) -> np.ndarray:
     for row in range(0, squares.size, some):
         part = x[row * columns : (row + some) * columns]
         to_floats(part, values)
-        weighted_blocks.row_squares(values[: part.size], columns, squares[row : row + some])
+        weighted_k_quants.mean_squares(values[: part.size], columns, np.float32(1), squares[row : row + some])
     return squares

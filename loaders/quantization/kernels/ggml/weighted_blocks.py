@@ -24,27 +24,6 @@ F = np.float32
 
 
 @kernel
-def row_squares(x, columns, squares):  # type: ignore[no-untyped-def]
-    """Store the mean of the squares of each row of `columns` weights, summed in order, as C's loop does.
-
-    Four sums go on side by side, since each addition waits for the one before it.
-    """
-    count = x.size // columns
-    for first in range(0, count, 4):
-        a, b, c, d = F(0), F(0), F(0), F(0)
-        p, q = first * columns, min(first + 1, count - 1) * columns
-        r, s = min(first + 2, count - 1) * columns, min(first + 3, count - 1) * columns
-        for i in range(columns):
-            a += x[p + i] * x[p + i]
-            b += x[q + i] * x[q + i]
-            c += x[r + i] * x[r + i]
-            d += x[s + i] * x[s + i]
-        for k, total in enumerate((a, b, c, d)):
-            if first + k < count:
-                squares[first + k] = total / F(columns)
-
-
-@kernel
 def _put_nibbles(codes, first, out, at):  # type: ignore[no-untyped-def]
     for j in range(16):
         out[at + j] = (codes[first + j] & np.uint8(15)) | np.uint8((codes[first + 16 + j] & np.uint8(15)) << 4)

@@ -27,24 +27,24 @@ F = np.float32
 
 
 @kernel
-def mean_squares(x, factor, squares):  # type: ignore[no-untyped-def]
-    """Store the mean of the squares of each super-block, times `factor`, summed in order, as C's loop does.
+def mean_squares(x, columns, factor, squares):  # type: ignore[no-untyped-def]
+    """Store the mean square of each run of `columns` weights, times `factor`, summed in order, as C's loop does.
 
     Four sums go on side by side, since each addition waits for the one before it.
     """
-    count = x.size // SUPER
+    count = x.size // columns
     for first in range(0, count, 4):
         a, b, c, d = F(0), F(0), F(0), F(0)
-        p, q = first * SUPER, min(first + 1, count - 1) * SUPER
-        r, s = min(first + 2, count - 1) * SUPER, min(first + 3, count - 1) * SUPER
-        for i in range(SUPER):
+        p, q = first * columns, min(first + 1, count - 1) * columns
+        r, s = min(first + 2, count - 1) * columns, min(first + 3, count - 1) * columns
+        for i in range(columns):
             a += x[p + i] * x[p + i]
             b += x[q + i] * x[q + i]
             c += x[r + i] * x[r + i]
             d += x[s + i] * x[s + i]
         for k, total in enumerate((a, b, c, d)):
             if first + k < count:
-                squares[first + k] = factor * total / F(SUPER)
+                squares[first + k] = factor * total / F(columns)
 
 
 @kernel
@@ -108,7 +108,7 @@ def _q45_k(x, importance, out, find, finish, put, size, most):  # type: ignore[n
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
     count, per = x.size // SUPER, LANES // 8
     squares[:] = F(0)
-    mean_squares(x, F(2), squares)
+    mean_squares(x, SUPER, F(2), squares)
     for b in range(8):
         first, found, all_ = b * per, slice(b * LANES, (b + 1) * LANES), slice(b * 32 * LANES, (b + 1) * 32 * LANES)
         spread(x, first * SUPER, 32, xt[all_])
@@ -185,7 +185,7 @@ def _some_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
     count, per = x.size // SUPER, LANES // 16
     squares[:] = F(0)
-    mean_squares(x, F(1), squares)
+    mean_squares(x, SUPER, F(1), squares)
     for b in range(16):
         first, found, all_ = b * per, slice(b * LANES, (b + 1) * LANES), slice(b * 16 * LANES, (b + 1) * 16 * LANES)
         spread(x, first * SUPER, 16, xt[all_])
@@ -223,7 +223,7 @@ def _some_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
     count, per = x.size // SUPER, LANES // 16
     squares[:] = F(0)
-    mean_squares(x, F(2), squares)
+    mean_squares(x, SUPER, F(2), squares)
     for b in range(16):
         first, found, all_ = b * per, slice(b * LANES, (b + 1) * LANES), slice(b * 16 * LANES, (b + 1) * 16 * LANES)
         spread(x, first * SUPER, 16, xt[all_])
